@@ -1,0 +1,220 @@
+"""A checkpoint on disk: name or path to folder, which tensors it must hold, and both names of each.
+
+The one table between the published (Hugging Face) names and ours is `TENSORS`; reading and writing both use it.
+Unusual: shapes follow from the config, so every tensor is matched one to one before a byte of weights is read.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from arkasr import config as configs
+from arkasr import text
+from arkasr.config import ModelConfig
+from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
+
+SHIPPED = Path(__file__).parent / "weights"
+BUILT_IN = {"tiny": SHIPPED / "tiny"}
+PUBLISHED = {"0.6b": "AutoArk-AI/ARK-ASR-0.6B", "3b": "AutoArk-AI/ARK-ASR-3B"}
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Present in some copies and replaced by an identity there.
+IGNORED = ("audio_encoder.whisper.layer_norm.weight", "audio_encoder.whisper.layer_norm.bias")
+
+# Published name, our name, shape in terms of the config. {n} runs over the layers of its part.
+_E, _F, _H, _M = "encoder_dim", "encoder_ffn_dim", "hidden_dim", "decoder_ffn_dim"
+TENSORS: tuple[tuple[str, str, tuple[str | int, ...]], ...] = (
+    ("audio_encoder.whisper.conv1.weight", "encoder.conv1.weight", (_E, "num_mels", 3)),
+    ("audio_encoder.whisper.conv1.bias", "encoder.conv1.bias", (_E,)),
+    ("audio_encoder.whisper.conv2.weight", "encoder.conv2.weight", (_E, _E, 3)),
+    ("audio_encoder.whisper.conv2.bias", "encoder.conv2.bias", (_E,)),
+    ("audio_encoder.whisper.embed_positions.weight", "encoder.positions", ("max_encoder_frames", _E)),
+    ("audio_encoder.whisper.layers.{n}.self_attn_layer_norm.weight", "encoder.layers.{n}.attention_norm.weight", (_E,)),
+    ("audio_encoder.whisper.layers.{n}.self_attn_layer_norm.bias", "encoder.layers.{n}.attention_norm.bias", (_E,)),
+    ("audio_encoder.whisper.layers.{n}.self_attn.q_proj.weight", "encoder.layers.{n}.q.weight", (_E, _E)),
+    ("audio_encoder.whisper.layers.{n}.self_attn.q_proj.bias", "encoder.layers.{n}.q.bias", (_E,)),
+    ("audio_encoder.whisper.layers.{n}.self_attn.k_proj.weight", "encoder.layers.{n}.k.weight", (_E, _E)),
+    ("audio_encoder.whisper.layers.{n}.self_attn.v_proj.weight", "encoder.layers.{n}.v.weight", (_E, _E)),
+    ("audio_encoder.whisper.layers.{n}.self_attn.v_proj.bias", "encoder.layers.{n}.v.bias", (_E,)),
+    ("audio_encoder.whisper.layers.{n}.self_attn.out_proj.weight", "encoder.layers.{n}.out.weight", (_E, _E)),
+    ("audio_encoder.whisper.layers.{n}.self_attn.out_proj.bias", "encoder.layers.{n}.out.bias", (_E,)),
+    ("audio_encoder.whisper.layers.{n}.final_layer_norm.weight", "encoder.layers.{n}.ffn_norm.weight", (_E,)),
+    ("audio_encoder.whisper.layers.{n}.final_layer_norm.bias", "encoder.layers.{n}.ffn_norm.bias", (_E,)),
+    ("audio_encoder.whisper.layers.{n}.fc1.weight", "encoder.layers.{n}.fc1.weight", (_F, _E)),
+    ("audio_encoder.whisper.layers.{n}.fc1.bias", "encoder.layers.{n}.fc1.bias", (_F,)),
+    ("audio_encoder.whisper.layers.{n}.fc2.weight", "encoder.layers.{n}.fc2.weight", (_E, _F)),
+    ("audio_encoder.whisper.layers.{n}.fc2.bias", "encoder.layers.{n}.fc2.bias", (_E,)),
+    ("audio_encoder.layer_norm.weight", "adapter.norm.weight", (_E,)),
+    ("audio_encoder.layer_norm.bias", "adapter.norm.bias", (_E,)),
+    ("audio_encoder.adapting.0.weight", "adapter.up.weight", ("adapter_dim", "merged_dim")),
+    ("audio_encoder.adapting.0.bias", "adapter.up.bias", ("adapter_dim",)),
+    ("audio_encoder.adapting.2.weight", "adapter.down.weight", (_H, "adapter_dim")),
+    ("audio_encoder.adapting.2.bias", "adapter.down.bias", (_H,)),
+    ("model.embed_tokens.weight", "decoder.embed.weight", ("vocab_size", _H)),
+    ("model.layers.{n}.input_layernorm.weight", "decoder.layers.{n}.attention_norm.weight", (_H,)),
+    ("model.layers.{n}.self_attn.q_proj.weight", "decoder.layers.{n}.q.weight", (_H, _H)),
+    ("model.layers.{n}.self_attn.q_proj.bias", "decoder.layers.{n}.q.bias", (_H,)),
+    ("model.layers.{n}.self_attn.k_proj.weight", "decoder.layers.{n}.k.weight", ("kv_dim", _H)),
+    ("model.layers.{n}.self_attn.k_proj.bias", "decoder.layers.{n}.k.bias", ("kv_dim",)),
+    ("model.layers.{n}.self_attn.v_proj.weight", "decoder.layers.{n}.v.weight", ("kv_dim", _H)),
+    ("model.layers.{n}.self_attn.v_proj.bias", "decoder.layers.{n}.v.bias", ("kv_dim",)),
+    ("model.layers.{n}.self_attn.o_proj.weight", "decoder.layers.{n}.o.weight", (_H, _H)),
+    ("model.layers.{n}.post_attention_layernorm.weight", "decoder.layers.{n}.ffn_norm.weight", (_H,)),
+    ("model.layers.{n}.mlp.gate_proj.weight", "decoder.layers.{n}.gate.weight", (_M, _H)),
+    ("model.layers.{n}.mlp.up_proj.weight", "decoder.layers.{n}.up.weight", (_M, _H)),
+    ("model.layers.{n}.mlp.down_proj.weight", "decoder.layers.{n}.down.weight", (_H, _M)),
+    ("model.norm.weight", "decoder.norm.weight", (_H,)),
+    ("lm_head.weight", "decoder.head.weight", ("vocab_size", _H)),
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: its published name, ours, and its shape."""
+
+    hf_name: str
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose config, tokenizer and tensor headers agree; weights are read later, memory-mapped."""
+
+    folder: Path
+    config: ModelConfig
+    rules: text.TextRules
+    shards: tuple[Path, ...]
+
+
+def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
+    """Every tensor the architecture has, in file order; a tied head is not one of them."""
+    derived = {
+        "merged_dim": config.merge_factor * config.encoder_dim,
+        "adapter_dim": 2 * config.hidden_dim,
+        "kv_dim": config.kv_heads * config.decoder_head_dim,
+    }
+    for hf_name, name, axes in TENSORS:
+        if name == "decoder.head.weight" and config.tied_embeddings:
+            continue
+        shape = tuple(
+            axis if isinstance(axis, int) else derived[axis] if axis in derived else _size(config, axis)
+            for axis in axes
+        )
+        if "{n}" not in hf_name:
+            yield TensorSpec(hf_name, name, shape)
+            continue
+        layers = config.encoder_layers if name.startswith("encoder.") else config.decoder_layers
+        for n in range(layers):
+            yield TensorSpec(hf_name.format(n=n), name.format(n=n), shape)
+
+
+def _size(config: ModelConfig, field: str) -> int:
+    value = vars(config)[field]
+    assert isinstance(value, int), field
+    return value
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then rename, so that `path` is always complete or as it was."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of a built-in name or a path.
+
+    Raises:
+        ModelNotFoundError: neither; the message lists what there is.
+    """
+    if isinstance(model, str) and model in BUILT_IN:
+        return BUILT_IN[model]
+    if isinstance(model, str) and model.lower() in PUBLISHED:
+        raise ModelNotFoundError(
+            f"{model}: downloading {PUBLISHED[model.lower()]} is not built in yet; fetch its files (no *.py) into a "
+            "folder and give that folder"
+        )
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    raise ModelNotFoundError(f"{model}: no such model; give one of {', '.join(BUILT_IN)} or a checkpoint's folder")
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Resolve a model and check its config, tokenizer and the header of every tensor.
+
+    Raises:
+        ModelNotFoundError: no such model, or a file is missing.
+        CheckpointMismatchError: the parts contradict each other; the offending tensor, key or token is named.
+    """
+    folder = resolve(model)
+    config = configs.load(folder)
+    rules = text.load(
+        folder,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        audio_token_id=config.audio_token_id,
+    )
+    shards = _shards(folder)
+    _match(folder, config, shards)
+    return Checkpoint(folder, config, rules, shards)
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    """The weight files: one, or those the index names. Names are taken as plain file names inside the folder."""
+    index_path = folder / INDEX
+    if not index_path.exists():
+        if not (folder / WEIGHTS).is_file():
+            raise ModelNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX}; fetch the weights")
+        return (folder / WEIGHTS,)
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointMismatchError(f"{index_path}: not a safetensors index; fetch the file again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointMismatchError(f"{index_path}: {name!r} is not a safetensors file beside the index")
+        if not (folder / name).is_file():
+            raise ModelNotFoundError(f"{folder / name}: missing, {INDEX} names it; fetch the weights again")
+    return tuple(folder / name for name in names)
+
+
+def _match(folder: Path, config: ModelConfig, shards: tuple[Path, ...]) -> None:
+    found: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        for name, shape in _headers(shard).items():
+            if name in found:
+                raise CheckpointMismatchError(
+                    f"{shard}: tensor {name} is also in another shard; fetch the weights again"
+                )
+            found[name] = shape
+    specs = {spec.hf_name: spec.shape for spec in tensor_specs(config)}
+    surplus = found.keys() - specs.keys() - set(IGNORED)
+    if config.tied_embeddings and "lm_head.weight" in surplus:
+        specs["lm_head.weight"] = (config.vocab_size, config.hidden_dim)
+        surplus.remove("lm_head.weight")
+    missing = specs.keys() - found.keys()
+    if config.use_rope:
+        missing.discard("audio_encoder.whisper.embed_positions.weight")
+    for kind, names in (("missing", missing), ("surplus", surplus)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointMismatchError(f"{folder}: {kind} tensor {min(names)}{more}; not the config's architecture")
+    for name, shape in found.items():
+        if name in specs and shape != specs[name]:
+            raise CheckpointMismatchError(f"{folder}: tensor {name} has shape {shape}, config.json says {specs[name]}")
+
+
+def _headers(shard: Path) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of each tensor in one file, without reading weights."""
+    try:
+        with safe_open(shard, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointMismatchError(f"{shard}: damaged safetensors file ({error}); fetch it again") from None

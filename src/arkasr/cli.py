@@ -1,0 +1,205 @@
+"""The command line. Promise: text on stdout, everything else on stderr; exit code 1 when any file failed."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from arkasr import __version__, audio
+from arkasr.checkpoint import write_atomically
+from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
+from arkasr.errors import ArkASRError, MissingExtraError, UsageError
+from arkasr.results import WRITERS, Transcript, write_json_error
+from arkasr.transcribe import BATCH_SIZE, load_model
+
+app = typer.Typer(
+    name="ark-asr",
+    help="Transcribe speech with the ARK-ASR models, natively and offline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+train_app = typer.Typer(help="Train a model.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(train_app, name="train")
+
+TINY_NOTICE = (
+    "model tiny: a small demonstration model for English letters, digits, dates and short commands; "
+    "for real transcription give --model FOLDER with an ARK-ASR checkpoint"
+)
+
+
+class EngineChoice(StrEnum):
+    """Names of --engine."""
+
+    AUTO = "auto"
+    PYTORCH = "pytorch"
+    ONNX = "onnx"
+
+
+class DtypeChoice(StrEnum):
+    """Names of --dtype."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class FormatChoice(StrEnum):
+    """Names of --format."""
+
+    TXT = "txt"
+    JSON = "json"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ark-asr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio files; - is standard input.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="Built-in name or a checkpoint's folder.  [default: tiny]")
+    ] = None,
+    engine: Annotated[EngineChoice, typer.Option(help="What runs the network.")] = EngineChoice.AUTO,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[DtypeChoice, typer.Option(help="Precision of weights and arithmetic.")] = DtypeChoice.FLOAT32,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Most tokens a clip; its duration limits them too.")
+    ] = MAX_NEW_TOKENS,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above it tokens are sampled.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="Clips that share a pass; the text does not depend on it.")
+    ] = BATCH_SIZE,
+    output_format: Annotated[
+        FormatChoice, typer.Option("--format", help="txt, or json: one object a line and file.")
+    ] = (FormatChoice.TXT),
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Write one file per input here instead of to standard output.")
+    ] = None,
+) -> None:
+    """Transcribe audio files of up to 30 s: text on standard output, everything else on standard error."""
+    options = DecodeOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    targets = _targets(files, output_dir, output_format)
+    if model is None:
+        print(TINY_NOTICE, file=sys.stderr)
+    transcriber = load_model(model or "tiny", engine=engine.value, device=device, dtype=dtype.value)
+    failed = 0
+    outcomes = transcriber.outcomes(files, options=options, batch_size=batch_size)
+    with _progress(len(files)) as advance:
+        for source, outcome in outcomes:
+            name = str(source)
+            failed += isinstance(outcome, ArkASRError)
+            if isinstance(outcome, ArkASRError):
+                print(f"ark-asr: {outcome}", file=sys.stderr)
+            _deliver(outcome, name, targets[name], output_format)
+            advance()
+    if failed:
+        if len(files) > 1:
+            print(f"ark-asr: {failed} of {len(files)} files failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _targets(files: list[str], output_dir: Path | None, output_format: FormatChoice) -> dict[str, Path | None]:
+    """Where each input's text goes; None is standard output.
+
+    Raises:
+        UsageError: two inputs would overwrite each other, or the folder cannot be made.
+    """
+    if output_dir is None:
+        return dict.fromkeys(files)
+    targets: dict[str, Path | None] = {}
+    taken: dict[Path, str] = {}
+    for name in files:
+        target = output_dir / f"{'stdin' if name == '-' else Path(name).stem}.{output_format.value}"
+        if taken.setdefault(target, name) != name:
+            raise UsageError(f"{name} and {taken[target]} would both be written to {target}; rename one")
+        targets[name] = target
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{output_dir}: cannot be made ({error.strerror}); give another --output-dir") from None
+    return targets
+
+
+def _deliver(outcome: Transcript | ArkASRError, name: str, target: Path | None, output_format: FormatChoice) -> None:
+    text = io.StringIO()
+    if isinstance(outcome, Transcript):
+        WRITERS[output_format.value](outcome, text)
+    elif output_format is FormatChoice.JSON:
+        write_json_error(audio.describe(name), str(outcome), text)
+    if target is None:
+        sys.stdout.write(text.getvalue())
+        sys.stdout.flush()
+    elif isinstance(outcome, Transcript):
+        try:
+            write_atomically(target, lambda part: part.write_text(text.getvalue(), encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"{target}: cannot be written ({error.strerror}); give another --output-dir") from None
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on standard error, for a person and many files only."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("transcribing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=total < 2 or not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("transcribing", total=total)
+        yield lambda: bar.advance(task)
+
+
+@train_app.command(
+    "sft", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def train_sft(context: typer.Context) -> None:
+    """Supervised fine-tuning over JSONL manifests; --help lists the flags."""
+    try:
+        from arkasr.train import loop, sft
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtraError("train: PyTorch is not installed; pip install 'arkasr[train]'") from None
+    config = loop.parse_flags(sft.Config, context.args, program="ark-asr train sft", about=sft.__doc__ or "")
+    if config is not None:
+        sft.main(config)
+
+
+def main() -> None:
+    """Entry point: users' mistakes become one line on standard error and exit code 1."""
+    try:
+        app()
+    except ArkASRError as error:
+        print(f"ark-asr: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our text has gone, as in `ark-asr ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,253 @@
+"""The architecture of one checkpoint, read from its config.json; a missing or contradictory value is an error.
+
+The keys are those of the published files: a Qwen2 text config whose `whisper_config` describes the encoder. What is
+unusual: `rope_theta` may stand at the top level (transformers 4) or in `rope_parameters` (transformers 5), and some
+published copies lack the adapter's keys, for which the published defaults apply.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
+
+MAX_CLIP_S = 30  # one pass of the encoder; fixed by the architecture
+ADAPTER_ACTIVATIONS = ("gelu", "relu", "selu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of an ARK-ASR model."""
+
+    num_mels: int
+    encoder_dim: int
+    encoder_layers: int
+    encoder_heads: int
+    encoder_ffn_dim: int
+    max_encoder_frames: int
+    use_rope: bool
+    merge_factor: int
+    adapter_activation: str
+    hidden_dim: int
+    decoder_layers: int
+    decoder_heads: int
+    kv_heads: int
+    decoder_ffn_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    rope_theta: float
+    rms_eps: float
+    audio_token_id: int
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+    @property
+    def encoder_head_dim(self) -> int:
+        """Width of one encoder attention head."""
+        return self.encoder_dim // self.encoder_heads
+
+    @property
+    def decoder_head_dim(self) -> int:
+        """Width of one decoder attention head."""
+        return self.hidden_dim // self.decoder_heads
+
+
+def load(folder: Path) -> ModelConfig:
+    """Read `folder/config.json`.
+
+    Raises:
+        ModelNotFoundError: there is no config.json.
+        CheckpointMismatchError: it is not JSON, lacks a key, or contradicts itself.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"{folder}: no config.json; give a folder in the published layout") from None
+    except ValueError as error:
+        raise CheckpointMismatchError(f"{path}: not JSON ({error}); fetch the file again") from None
+    if not isinstance(raw, dict):
+        raise CheckpointMismatchError(f"{path}: not a JSON object; fetch the file again")
+    return from_mapping(raw, str(path))
+
+
+def from_mapping(raw: Mapping[str, Any], place: str = "config.json") -> ModelConfig:
+    """Build and check a config from the parsed JSON object; `place` names it in errors."""
+    read = _Reader(raw, place)
+    whisper = _Reader(read.mapping("whisper_config"), f"{place}: whisper_config")
+    rope = raw.get("rope_parameters")
+    theta = _Reader(rope, f"{place}: rope_parameters") if isinstance(rope, dict) else read
+    if isinstance(rope, dict) and "rope_theta" in raw and raw["rope_theta"] != rope.get("rope_theta"):
+        raise CheckpointMismatchError(f"{place}: rope_theta {raw['rope_theta']} contradicts rope_parameters {rope}")
+    read.fixed("model_type", "arkasr")
+    read.fixed("adapter_type", "mlp")
+    read.fixed("hidden_act", "silu")
+    read.fixed("use_sliding_window", False)
+    whisper.fixed("activation_function", "gelu")
+    config = ModelConfig(
+        num_mels=whisper.size("num_mel_bins"),
+        encoder_dim=whisper.size("d_model"),
+        encoder_layers=whisper.size("encoder_layers"),
+        encoder_heads=whisper.size("encoder_attention_heads"),
+        encoder_ffn_dim=whisper.size("encoder_ffn_dim"),
+        max_encoder_frames=whisper.size("max_source_positions"),
+        use_rope=read.flag("use_rope", True),
+        merge_factor=read.size("merge_factor", 4),
+        adapter_activation=str(raw.get("mlp_adapter_act", "gelu")),
+        hidden_dim=read.size("hidden_size"),
+        decoder_layers=read.size("num_hidden_layers"),
+        decoder_heads=read.size("num_attention_heads"),
+        kv_heads=read.size("num_key_value_heads"),
+        decoder_ffn_dim=read.size("intermediate_size"),
+        vocab_size=read.size("vocab_size"),
+        tied_embeddings=read.flag("tie_word_embeddings", True),
+        rope_theta=theta.positive("rope_theta"),
+        rms_eps=read.positive("rms_norm_eps"),
+        audio_token_id=read.token("audio_token_id"),
+        bos_token_id=read.token("bos_token_id"),
+        eos_token_ids=read.tokens("eos_token_id"),
+        pad_token_id=read.token("pad_token_id"),
+    )
+    _check(config, raw, place)
+    return config
+
+
+def _check(config: ModelConfig, raw: Mapping[str, Any], place: str) -> None:
+    def must(holds: bool, what: str) -> None:
+        if not holds:
+            raise CheckpointMismatchError(f"{place}: {what}; the file is not an ARK-ASR config")
+
+    must(
+        config.encoder_dim % config.encoder_heads == 0,
+        f"d_model {config.encoder_dim} is not a multiple of encoder_attention_heads {config.encoder_heads}",
+    )
+    must(
+        config.encoder_head_dim % 4 == 0,
+        f"encoder head width {config.encoder_head_dim} is not a multiple of 4, which RoPE on half of it needs",
+    )
+    must(
+        config.hidden_dim % config.decoder_heads == 0,
+        f"hidden_size {config.hidden_dim} is not a multiple of num_attention_heads {config.decoder_heads}",
+    )
+    must(config.decoder_head_dim % 2 == 0, f"decoder head width {config.decoder_head_dim} is odd")
+    must(
+        config.decoder_heads % config.kv_heads == 0,
+        f"num_attention_heads {config.decoder_heads} is not a multiple of num_key_value_heads {config.kv_heads}",
+    )
+    must(
+        raw.get("head_dim") in (None, config.decoder_head_dim),
+        f"head_dim {raw.get('head_dim')} contradicts hidden_size / num_attention_heads = {config.decoder_head_dim}",
+    )
+    must(
+        raw.get("max_whisper_length", config.max_encoder_frames) == config.max_encoder_frames,
+        f"max_whisper_length {raw.get('max_whisper_length')} contradicts max_source_positions "
+        f"{config.max_encoder_frames}",
+    )
+    must(
+        config.adapter_activation in ADAPTER_ACTIVATIONS,
+        f"mlp_adapter_act {config.adapter_activation!r} is none of {', '.join(ADAPTER_ACTIVATIONS)}",
+    )
+    ids = (config.audio_token_id, config.bos_token_id, config.pad_token_id, *config.eos_token_ids)
+    must(max(ids) < config.vocab_size, f"token id {max(ids)} is outside vocab_size {config.vocab_size}")
+
+
+def to_mapping(config: ModelConfig) -> dict[str, Any]:
+    """The published config.json of this architecture, without `auto_map`: nothing in it points at code."""
+    eos = config.eos_token_ids
+    return {
+        "architectures": ["ArkasrForConditionalGeneration"],
+        "model_type": "arkasr",
+        "adapter_type": "mlp",
+        "audio_token_id": config.audio_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": config.pad_token_id,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_dim,
+        "intermediate_size": config.decoder_ffn_dim,
+        "max_whisper_length": config.max_encoder_frames,
+        "merge_factor": config.merge_factor,
+        "mlp_adapter_act": config.adapter_activation,
+        "num_attention_heads": config.decoder_heads,
+        "num_hidden_layers": config.decoder_layers,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.rms_eps,
+        "rope_theta": config.rope_theta,
+        "spec_aug": False,
+        "tie_word_embeddings": config.tied_embeddings,
+        "use_rope": config.use_rope,
+        "vocab_size": config.vocab_size,
+        "whisper_config": {
+            "activation_function": "gelu",
+            "d_model": config.encoder_dim,
+            "encoder_attention_heads": config.encoder_heads,
+            "encoder_ffn_dim": config.encoder_ffn_dim,
+            "encoder_layers": config.encoder_layers,
+            "max_source_positions": config.max_encoder_frames,
+            "num_mel_bins": config.num_mels,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Typed access to one JSON object; every error names the key and the file."""
+
+    raw: Mapping[str, Any]
+    place: str
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        value = self.raw.get(key, default)
+        if value is None:
+            raise CheckpointMismatchError(f"{self.place}: no {key!r}; the file is not a complete ARK-ASR config")
+        return value
+
+    def _wrong(self, key: str, value: object, wanted: str) -> CheckpointMismatchError:
+        return CheckpointMismatchError(f"{self.place}: {key} is {value!r}, wanted {wanted}")
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self._get(key)
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**24:
+            raise self._wrong(key, value, "a positive whole number below 2^24")
+        return value
+
+    def token(self, key: str) -> int:
+        return self._one_token(key, self._get(key))
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        value = self._get(key)
+        ids = value if isinstance(value, list) else [value]
+        if not ids:
+            raise self._wrong(key, value, "at least one token id")
+        return tuple(self._one_token(key, item) for item in ids)
+
+    def _one_token(self, key: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self._wrong(key, value, "a token id")
+        return value
+
+    def positive(self, key: str) -> float:
+        value = self._get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self._wrong(key, value, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def fixed(self, key: str, only: object) -> None:
+        value = self.raw.get(key, only)
+        if value != only:
+            raise self._wrong(key, value, f"{only!r}, the only kind arkasr runs")

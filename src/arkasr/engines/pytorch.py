@@ -1,0 +1,151 @@
+"""The reference engine: log-mel, encoder, adapter, prefill and decode steps in PyTorch, on CPU or CUDA.
+
+Unusual: clips of unequal length share a batch without touching each other. Rows are right-padded and every row keeps
+its own position in the KV cache, so no left padding shifts anybody's positions.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arkasr import audio, model
+from arkasr.audio import Waveform
+from arkasr.checkpoint import Checkpoint
+from arkasr.engines import DecodeOptions, Dtype, Generation
+from arkasr.errors import UsageError
+from arkasr.model import ArkASR, KVCache
+from arkasr.text import TextRules
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PyTorchEngine:
+    """Runs an `ArkASR` module; also makes training rollouts."""
+
+    def __init__(self, network: ArkASR, rules: TextRules) -> None:
+        """An engine over a network in memory and its token rules."""
+        self.network = network
+        self.rules = rules
+
+    @classmethod
+    def load(cls, source: Checkpoint, *, device: str = "auto", dtype: Dtype = "float32") -> "PyTorchEngine":
+        """An engine over a checkpoint; device "auto" is CUDA where there is one."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r}: no such dtype; use one of {', '.join(DTYPES)}")
+        try:
+            kind = torch.device(device).type
+        except RuntimeError:
+            raise UsageError(f"device {device!r}: no such device; use auto, cpu or cuda") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device {device}: this PyTorch sees no CUDA device; use --device cpu")
+        return cls(model.load(source, dtype=DTYPES[dtype], device=device), source.rules)
+
+    @torch.inference_mode()
+    def generate(self, waveforms: Sequence[Waveform], options: DecodeOptions) -> list[Generation]:
+        """Recognize a batch; see `Engine.generate`."""
+        started = time.perf_counter()
+        mel, num_frames = pad_mels(waveforms, self.network)
+        mel_done = time.perf_counter()
+        embeddings = self.network.encode(mel, num_frames)
+        encoded = time.perf_counter()
+        rows = _Rows(self, waveforms, options)
+        logits = rows.prefill(embeddings)
+        prefilled = time.perf_counter()
+        while rows.take(logits):
+            logits = rows.step()
+        done = time.perf_counter()
+        timings_s = {
+            "log_mel": mel_done - started,
+            "encoder": encoded - mel_done,
+            "prefill": prefilled - encoded,
+            "decode": done - prefilled,
+        }
+        return rows.generations(timings_s)
+
+
+def pad_mels(waveforms: Sequence[Waveform], network: ArkASR) -> tuple[Tensor, Tensor]:
+    """Log-mels of clips as one zero-padded batch [B, M, F] and their frame counts [B], on the network's device."""
+    like = network.decoder.embed.weight
+    mels = [torch.from_numpy(audio.log_mel(waveform, network.config.num_mels)) for waveform in waveforms]
+    num_frames = torch.tensor([mel.shape[1] for mel in mels])
+    batch = torch.zeros(len(mels), network.config.num_mels, int(num_frames.max()))
+    for row, mel in enumerate(mels):
+        batch[row, :, : mel.shape[1]] = mel
+    return batch.to(like.device, like.dtype), num_frames.to(like.device)
+
+
+@dataclass
+class _Row:
+    """One clip while it is decoded."""
+
+    cap: int
+    ids: list[int]
+    logprobs: list[float]
+    stop_logprob: float | None = None
+    done: bool = False
+
+
+class _Rows:
+    """The decode state of a batch: KV cache, positions, and what each row has said."""
+
+    def __init__(self, engine: PyTorchEngine, waveforms: Sequence[Waveform], options: DecodeOptions) -> None:
+        self.network, self.rules, self.options = engine.network, engine.rules, options
+        self.device = engine.network.decoder.embed.weight.device
+        self.forbidden = torch.from_numpy(~engine.rules.allowed_ids).to(self.device)
+        self.generator = torch.Generator(device=self.device).manual_seed(options.seed)
+        self.rows = [_Row(options.token_cap(len(waveform)), [], []) for waveform in waveforms]
+        merge = engine.network.config.merge_factor
+        self.prompts = [engine.rules.prompt_ids(audio.num_audio_tokens(len(waveform), merge)) for waveform in waveforms]
+        self.positions = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
+        self.next_ids = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
+        self.cache: KVCache | None = None
+
+    def prefill(self, embeddings: Tensor) -> Tensor:
+        """Logits [B, V] after each row's prompt."""
+        longest = max(len(prompt) for prompt in self.prompts)
+        padding = self.rules.stop_ids[0]
+        ids = torch.tensor([p + [padding] * (longest - len(p)) for p in self.prompts], device=self.device)
+        capacity = longest + max(row.cap for row in self.rows)
+        x = self.network.embed(ids, embeddings)
+        self.cache = KVCache(self.network.config, len(ids), capacity, x)
+        positions = torch.arange(longest, device=self.device).expand_as(ids)
+        hidden = self.network.decoder(x, positions, self.cache)
+        last = hidden[torch.arange(len(ids), device=self.device), self.positions - 1]
+        return self.network.decoder.logits(last)
+
+    def step(self) -> Tensor:
+        """Logits [B, V] after one more token a row; finished rows are carried along."""
+        x = self.network.decoder.embed(self.next_ids[:, None])
+        hidden = self.network.decoder(x, self.positions[:, None], self.cache)
+        self.positions = self.positions + 1
+        return self.network.decoder.logits(hidden[:, 0])
+
+    def take(self, logits: Tensor) -> bool:
+        """Choose a token for every row; False when all rows are done."""
+        logprobs = logits.float().masked_fill(self.forbidden, -torch.inf).log_softmax(dim=-1)
+        if self.options.temperature == 0:
+            chosen = logprobs.argmax(dim=-1)
+        else:
+            probs = (logprobs / self.options.temperature).softmax(dim=-1)
+            chosen = torch.multinomial(probs, 1, generator=self.generator)[:, 0]
+        self.next_ids = chosen
+        chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+        for row, token_id, logprob in zip(self.rows, chosen.tolist(), chosen_logprobs, strict=True):
+            if row.done:
+                continue
+            if token_id in self.rules.stop_ids:
+                row.stop_logprob, row.done = logprob, True
+                continue
+            row.ids.append(token_id)
+            row.logprobs.append(logprob)
+            row.done = len(row.ids) >= row.cap
+        return not all(row.done for row in self.rows)
+
+    def generations(self, timings_s: dict[str, float]) -> list[Generation]:
+        """What each row said."""
+        return [Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, timings_s) for row in self.rows]

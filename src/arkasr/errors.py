@@ -1,0 +1,25 @@
+"""Every mistake a user can make raises one of these; each is also the standard error a caller would expect."""
+
+
+class ArkASRError(Exception):
+    """Base of all errors that arkasr raises on purpose; the message names the thing, the place and the remedy."""
+
+
+class AudioError(ArkASRError, ValueError):
+    """The audio cannot be read, is empty, damaged, or outside what the recognizer takes."""
+
+
+class ModelNotFoundError(ArkASRError, FileNotFoundError):
+    """No model of that name, or a folder that lacks a needed file."""
+
+
+class CheckpointMismatchError(ArkASRError, ValueError):
+    """A checkpoint's config, tokenizer or tensors contradict each other or the architecture."""
+
+
+class MissingExtraError(ArkASRError, ImportError):
+    """The call needs an optional dependency that is not installed."""
+
+
+class UsageError(ArkASRError, ValueError):
+    """An option, manifest or argument has a value that cannot be used."""

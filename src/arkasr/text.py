@@ -1,0 +1,146 @@
+"""Token rules: prompt ids, stop ids, allowed ids, and ids to text. The only owner of each.
+
+    <|user|><|begin_of_audio|><|audio|> * n<|end_of_audio|>Please transcribe this audio.<|assistant|>
+
+Unusual: there is no system turn, newline or BOS, and the instruction is not optional: without it the published
+weights stop at once. Every id is looked up by its string, so a checkpoint with another vocabulary works unchanged.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
+
+AUDIO = "<|audio|>"
+USER = "<|user|>"
+BEGIN_OF_AUDIO = "<|begin_of_audio|>"
+END_OF_AUDIO = "<|end_of_audio|>"
+ASSISTANT = "<|assistant|>"
+SYSTEM = "<|system|>"
+IM_END = "<|im_end|>"
+NEEDED = (AUDIO, USER, BEGIN_OF_AUDIO, END_OF_AUDIO, ASSISTANT, SYSTEM, IM_END)
+
+INSTRUCTION = "Please transcribe this audio."
+CUT_AT = (USER, ASSISTANT, IM_END)
+LEADING_JUNK = " ,.;:!?-"
+
+# Qwen2's pre-tokenizer: contractions, words with one leading character, single digits, punctuation, white space.
+PRE_TOKENIZER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TextRules:
+    """The tokenizer of one checkpoint with ARK's rules on top of it."""
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: tuple[int, ...], place: str) -> None:
+        """`vocab_size` is the number of logits; `eos_token_ids` the config's; `place` names the tokenizer in errors.
+
+        Raises:
+            CheckpointMismatchError: a needed token is missing or its id is outside the vocabulary.
+        """
+        self._tokenizer = tokenizer
+        self._ids: dict[str, int] = {}
+        for token in NEEDED:
+            token_id = tokenizer.token_to_id(token)
+            if token_id is None:
+                raise CheckpointMismatchError(f"{place}: no token {token}; this is not an ARK-ASR tokenizer")
+            if token_id >= vocab_size:
+                raise CheckpointMismatchError(f"{place}: {token} has id {token_id}, vocab_size is {vocab_size}")
+            self._ids[token] = token_id
+        self.vocab_size = vocab_size
+        self.audio_id = self._ids[AUDIO]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self._ids[IM_END], *eos_token_ids)))
+        self.allowed_ids = self._allowed()
+        self.allowed_ids.flags.writeable = False
+
+    def prompt_ids(self, num_audio_tokens: int) -> list[int]:
+        """The prompt of a clip; the `<|audio|>` ids mark where its embeddings go."""
+        ids = self._ids
+        instruction = self._tokenizer.encode(INSTRUCTION, add_special_tokens=False).ids
+        audio = [self.audio_id] * num_audio_tokens
+        return [ids[USER], ids[BEGIN_OF_AUDIO], *audio, ids[END_OF_AUDIO], *instruction, ids[ASSISTANT]]
+
+    def target_ids(self, text: str) -> list[int]:
+        """What a model is trained to emit for a transcript: its tokens, then the stop token."""
+        return [*self._tokenizer.encode(text, add_special_tokens=False).ids, self._ids[IM_END]]
+
+    def to_text(self, ids: list[int]) -> str:
+        """Transcript of generated ids: cut at the first turn token, white space folded, leading punctuation dropped."""
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        for token in CUT_AT:
+            text = text.split(token, 1)[0]
+        for token in {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}:
+            text = text.replace(token, "")
+        return " ".join(text.split()).lstrip(LEADING_JUNK)
+
+    def _allowed(self) -> npt.NDArray[np.bool_]:
+        """Ids that may be emitted, [vocab_size]: ordinary text and the stop ids.
+
+        Forbidden are special tokens, added tokens written <...>, everything after the last of ARK's own tokens (codec
+        tokens of a shared vocabulary and padding of the embedding table), and ids the tokenizer does not know.
+        """
+        allowed = np.zeros(self.vocab_size, dtype=np.bool_)
+        known = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), dtype=np.int64)
+        allowed[known[known <= self._ids[SYSTEM]]] = True
+        for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
+            if token_id < self.vocab_size and (token.special or re.fullmatch(r"<.*>", token.content, re.DOTALL)):
+                allowed[token_id] = False
+        allowed[list(self.stop_ids)] = True
+        return allowed
+
+
+def load(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...], audio_token_id: int) -> TextRules:
+    """Token rules of the checkpoint in `folder`: tokenizer.json, or else vocab.json + merges.txt.
+
+    Raises:
+        ModelNotFoundError: no tokenizer file.
+        CheckpointMismatchError: damaged, lacks a needed token, or contradicts the config.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        path = folder / "vocab.json"
+    if not path.exists():
+        raise ModelNotFoundError(f"{folder}: neither tokenizer.json nor vocab.json; fetch the tokenizer's files")
+    try:
+        tokenizer = Tokenizer.from_file(str(path)) if path.name == "tokenizer.json" else _from_vocab(folder)
+    except CheckpointMismatchError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for every damaged file
+        raise CheckpointMismatchError(f"{path}: not a tokenizer ({error}); fetch the file again") from None
+    rules = TextRules(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids, place=str(path))
+    if rules.audio_id != audio_token_id:
+        raise CheckpointMismatchError(
+            f"{path}: {AUDIO} has id {rules.audio_id}, config.json says audio_token_id {audio_token_id}"
+        )
+    return rules
+
+
+def _from_vocab(folder: Path) -> Tokenizer:
+    """Qwen2's tokenizer from its older three files."""
+    import json
+
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    configure_byte_level(tokenizer)
+    added_path = folder / "added_tokens.json"
+    added: dict[str, int] = json.loads(added_path.read_text(encoding="utf-8")) if added_path.exists() else {}
+    for content, token_id in sorted(added.items(), key=lambda item: item[1]):
+        tokenizer.add_tokens([AddedToken(content, normalized=False, special=content.startswith("<|"))])
+        if tokenizer.token_to_id(content) != token_id:
+            raise CheckpointMismatchError(
+                f"{added_path}: {content} has id {token_id}, but {tokenizer.token_to_id(content)} is its place"
+            )
+    return tokenizer
+
+
+def configure_byte_level(tokenizer: Tokenizer) -> None:
+    """Give a BPE tokenizer Qwen2's normalizer, pre-tokenizer and decoder."""
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZER), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,218 @@
+"""Utterances to padded tensors and label masks, in duration buckets, with augmentation.
+
+Unusual: what a batch holds depends only on (seed, epoch, utterance), never on a worker's or an earlier batch's state,
+so that a resumed run sees exactly the batches of an undisturbed one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import soxr
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from arkasr import audio
+from arkasr.audio import SAMPLE_RATE, Waveform
+from arkasr.data import Utterance
+from arkasr.text import TextRules
+from arkasr.train.losses import IGNORE
+
+Key = tuple[int, int]  # epoch, index of the utterance
+Example = tuple[npt.NDArray[np.float32], list[int], list[int], list[int]]  # log-mel, prompt, target, CTC ids
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How clips are varied; each part is off at 0.
+
+    Attributes:
+        speed: largest relative change of speed (pitch and duration together), 0.1 for 0.9..1.1.
+        gain_db: largest change of level.
+        noise: share of clips that get coloured noise at 5 to 40 dB SNR.
+        narrow: share of clips that lose everything above 4 kHz, as telephone speech has.
+        pad_s: most silence put before and after, each.
+        time_masks, frequency_masks: SpecAugment masks a clip (arXiv 1904.08779), at most 80 ms per second and 1/6 of
+            the mels wide.
+    """
+
+    speed: float = 0.0
+    gain_db: float = 0.0
+    noise: float = 0.0
+    narrow: float = 0.0
+    pad_s: float = 0.0
+    time_masks: int = 0
+    frequency_masks: int = 0
+
+    def waveform(self, samples: Waveform, rng: np.random.Generator) -> Waveform:
+        """A varied copy of samples, [samples]."""
+        if self.speed:
+            factor = 1 + rng.uniform(-self.speed, self.speed)
+            samples = soxr.resample(samples, SAMPLE_RATE * factor, SAMPLE_RATE, quality="LQ")
+        if self.pad_s:
+            before, after = (int(rng.uniform(0, self.pad_s) * SAMPLE_RATE) for _ in range(2))
+            samples = np.pad(samples, (before, after))
+        if self.narrow and rng.random() < self.narrow:
+            low = soxr.resample(samples, SAMPLE_RATE, SAMPLE_RATE // 2, quality="LQ")
+            samples = soxr.resample(low, SAMPLE_RATE // 2, SAMPLE_RATE, quality="LQ")
+        if self.noise and rng.random() < self.noise:
+            samples = samples + _noise(samples, rng.uniform(5, 40), rng)
+        if self.gain_db:
+            samples = samples * np.float32(10 ** (rng.uniform(-self.gain_db, self.gain_db) / 20))
+        clipped: Waveform = np.clip(samples, -1, 1).astype(np.float32)
+        return clipped
+
+    def mel(self, mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Mel [M, F] with masked bands set to the clip's mean."""
+        num_mels, num_frames = mel.shape
+        mean = mel.mean()
+        for _ in range(self.frequency_masks):
+            width = rng.integers(0, num_mels // 6 + 1)
+            start = rng.integers(0, num_mels - width + 1)
+            mel[start : start + width] = mean
+        for _ in range(self.time_masks):
+            width = rng.integers(0, num_frames // 12 + 1)
+            start = rng.integers(0, num_frames - width + 1)
+            mel[:, start : start + width] = mean
+        return mel
+
+
+def _noise(samples: Waveform, snr_db: float, rng: np.random.Generator) -> Waveform:
+    """Noise whose spectrum falls by 0 to 6 dB an octave, at snr_db below the clip's power."""
+    spectrum = np.fft.rfft(rng.standard_normal(len(samples), dtype=np.float32))
+    spectrum /= np.maximum(np.arange(len(spectrum)), 1) ** rng.uniform(0, 1)
+    noise = np.fft.irfft(spectrum, n=len(samples))
+    power = max(float(np.mean(samples**2)), 1e-8)
+    scale = np.sqrt(power / 10 ** (snr_db / 10) / max(float(np.mean(noise**2)), 1e-12))
+    return np.asarray(noise * scale, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of several utterances; see model.py for the axes.
+
+    Attributes:
+        mel, num_frames: [B, M, F] and [B].
+        ids, labels: prompt and target ids [B, T]; labels [B, T] hold the next id where it is a target, else IGNORE.
+        units, num_units: CTC targets [B, L] and [B].
+    """
+
+    mel: Tensor
+    num_frames: Tensor
+    ids: Tensor
+    labels: Tensor
+    units: Tensor
+    num_units: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns utterances into a Batch by the rules of one checkpoint; `unit_ids` maps CTC units to ids from 1."""
+
+    rules: TextRules
+    unit_ids: dict[str, int]
+    num_mels: int
+    merge_factor: int
+    max_clip_samples: int
+
+    def example(self, utterance: Utterance, augmentation: Augmentation, rng: np.random.Generator) -> Example:
+        """One augmented utterance; its log-mel is [M, F]."""
+        samples = augmentation.waveform(utterance.waveform(), rng)[: self.max_clip_samples]
+        samples = np.pad(samples, (0, max(0, audio.HOP_SAMPLES - len(samples))))
+        mel = augmentation.mel(audio.log_mel(samples, self.num_mels), rng)
+        prompt = self.rules.prompt_ids(audio.num_audio_tokens(len(samples), self.merge_factor))
+        return mel, prompt, self.rules.target_ids(utterance.text), [self.unit_ids[u] for u in ctc_units(utterance)]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad to the longest of the batch, on the right."""
+        rows = len(examples)
+        num_frames = torch.tensor([mel.shape[1] for mel, *_ in examples])
+        lengths = [len(prompt) + len(target) for _, prompt, target, _ in examples]
+        num_units = torch.tensor([len(units) for *_, units in examples])
+        mels = torch.zeros(rows, self.num_mels, int(num_frames.max()))
+        ids = torch.full((rows, max(lengths)), self.rules.stop_ids[0])
+        labels = torch.full((rows, max(lengths)), IGNORE)
+        all_units = torch.zeros(rows, max(int(num_units.max()), 1), dtype=torch.long)
+        for row, (mel, prompt, target, units) in enumerate(examples):
+            mels[row, :, : mel.shape[1]] = torch.from_numpy(mel)
+            ids[row, : lengths[row]] = torch.tensor(prompt + target)
+            labels[row, len(prompt) - 1 : lengths[row] - 1] = torch.tensor(target)
+            all_units[row, : len(units)] = torch.tensor(units, dtype=torch.long)
+        return Batch(mels, num_frames, ids, labels, all_units, num_units)
+
+
+def ctc_units(utterance: Utterance) -> Sequence[str]:
+    """Targets of the auxiliary CTC head: the record's units, else the characters of its text."""
+    return list(utterance.text.lower()) if utterance.units is None else utterance.units
+
+
+def buckets(durations_s: Sequence[float], *, batch_s: float, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of utterance indices, similar durations together, each at most batch_s seconds with its padding.
+
+    Every utterance is in exactly one batch; order and grouping vary with (seed, epoch).
+    """
+    rng = np.random.default_rng((seed, epoch))
+    jittered = np.asarray(durations_s) * rng.uniform(0.9, 1.1, len(durations_s))
+    batches: list[list[int]] = [[]]
+    for index in np.argsort(jittered, kind="stable").tolist():
+        batch = [*batches[-1], index]
+        if len(batch) > 1 and max(durations_s[i] for i in batch) * len(batch) > batch_s:
+            batches.append([index])
+        else:
+            batches[-1] = batch
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class _Examples(Dataset[Example]):
+    def __init__(
+        self, utterances: Sequence[Utterance], collator: Collator, augmentation: Augmentation, seed: int
+    ) -> None:
+        self.utterances, self.collator, self.augmentation, self.seed = utterances, collator, augmentation, seed
+
+    def __getitem__(self, key: Key) -> Example:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return self.collator.example(self.utterances[index], self.augmentation, rng)
+
+
+class _Keys:
+    """The endless order of batches, from a given one on."""
+
+    def __init__(self, durations_s: Sequence[float], *, batch_s: float, seed: int, start: int) -> None:
+        self.durations_s, self.batch_s, self.seed, self.start = durations_s, batch_s, seed, start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        skip, epoch = self.start, 0
+        while True:
+            batches = buckets(self.durations_s, batch_s=self.batch_s, seed=self.seed, epoch=epoch)
+            for batch in batches[skip:]:
+                yield [(epoch, index) for index in batch]
+            skip = max(0, skip - len(batches))
+            epoch += 1
+
+
+def stream(
+    utterances: Sequence[Utterance],
+    collator: Collator,
+    augmentation: Augmentation,
+    *,
+    batch_s: float,
+    seed: int,
+    start: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """Endless batches of the training data, from batch number `start` on, made by `workers` processes."""
+    durations_s = [utterance.duration_s for utterance in utterances]
+    loader = DataLoader(
+        _Examples(utterances, collator, augmentation, seed),
+        batch_sampler=_Keys(durations_s, batch_s=batch_s, seed=seed, start=start),
+        collate_fn=collator.collate,
+        num_workers=workers,
+    )
+    return iter(loader)
