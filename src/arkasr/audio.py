@@ -9,6 +9,7 @@ maximum, never a batch's, so a clip's features do not depend on its neighbours.
 
 import io
 import os
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,12 @@ DYNAMIC_RANGE = 8.0  # decades below the clip's maximum
 
 MIN_RATE, MAX_RATE = 1_000, 1_000_000
 MAX_CHANNELS = 256
+READ_FRAMES = 1 << 18
+UNKNOWN_FRAMES = 1 << 62  # libsndfile's answer for a stream whose header has no length
+
+# libsndfile's log where a header promises more bytes than the file has; writers to a pipe promise (nearly) 2 or 4 GiB.
+_CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED_BYTES = 0x7FFF0000
 
 Waveform = npt.NDArray[np.float32]  # [samples], mono, 16 kHz, nominally in [-1, 1]
 AudioSource = str | os.PathLike[str] | bytes | BinaryIO | tuple[npt.NDArray[np.generic], int]
@@ -48,6 +55,14 @@ def describe(source: AudioSource) -> str:
     if isinstance(source, tuple):
         return "<array>"
     return "<file object>"
+
+
+class _Bytes(io.BytesIO):
+    """A whole file in memory: seekable when it came from a pipe, nameless because soundfile trusts a name's `.raw`."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Stay where we are instead of raising: libsndfile seeks before the start of a damaged file."""
+        return self.tell() if whence == 0 and offset < 0 else super().seek(offset, whence)
 
 
 def load(source: AudioSource) -> Waveform:
@@ -73,9 +88,12 @@ def load(source: AudioSource) -> Waveform:
     if not np.isfinite(samples).all():
         where_s = int(np.argmin(np.isfinite(samples).all(axis=1))) / rate
         raise AudioError(f"{place}: NaN or infinite sample at {where_s:.3f} s; write the file again")
-    mono = samples.mean(axis=1, dtype=np.float32)
-    if rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    with np.errstate(over="ignore"):
+        mono = samples.mean(axis=1, dtype=np.float32)
+        if rate != SAMPLE_RATE:
+            mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    if not np.isfinite(mono).all():
+        raise AudioError(f"{place}: samples too large to mix and resample; write the file again")
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
@@ -89,20 +107,20 @@ def duration_s(path: Path) -> float:
 
 def _open(source: str | os.PathLike[str] | bytes | BinaryIO, place: str) -> BinaryIO:
     if isinstance(source, bytes):
-        return io.BytesIO(source)
+        return _Bytes(source)
     if not isinstance(source, str | os.PathLike):
-        return io.BytesIO(source.read())
+        return _Bytes(source.read())
     if os.fspath(source) == "-":
-        return io.BytesIO(sys.stdin.buffer.read())
-    path = Path(source)
-    if path.is_dir():
-        raise AudioError(f"{place}: is a directory; name the audio files in it")
+        return _Bytes(sys.stdin.buffer.read())
     try:
-        return path.open("rb")
+        return _Bytes(Path(source).read_bytes())
     except FileNotFoundError:
         raise AudioError(f"{place}: no such file; check the path") from None
-    except OSError as error:
-        raise AudioError(f"{place}: cannot be read ({error.strerror}); check its permissions") from None
+    except IsADirectoryError:
+        raise AudioError(f"{place}: is a directory; name the audio files in it") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AudioError(f"{place}: cannot be read ({reason}); check its name and permissions") from None
 
 
 def _decode(stream: BinaryIO, place: str) -> tuple[npt.NDArray[np.float32], int]:
@@ -114,12 +132,7 @@ def _decode(stream: BinaryIO, place: str) -> tuple[npt.NDArray[np.float32], int]
         stream.seek(0)
         try:
             with soundfile.SoundFile(stream) as file:
-                samples = file.read(dtype="float32", always_2d=True)
-                if len(samples) < file.frames:
-                    raise AudioError(
-                        f"{place}: truncated, {len(samples)} of {file.frames} samples could be read; copy it again"
-                    )
-                return samples, file.samplerate
+                return _read_samples(file, place), file.samplerate
         except soundfile.LibsndfileError as error:
             container = _av_container(head)
             if container is None:
@@ -128,6 +141,20 @@ def _decode(stream: BinaryIO, place: str) -> tuple[npt.NDArray[np.float32], int]
                 ) from None
         stream.seek(0)
         return _decode_with_av(stream, place, container)
+
+
+def _read_samples(file: soundfile.SoundFile, place: str) -> npt.NDArray[np.float32]:
+    """All samples, [samples, channels], in blocks: a damaged or streamed header's length is no size to allocate."""
+    blocks = []
+    while len(block := file.read(READ_FRAMES, dtype="float32", always_2d=True)):
+        blocks.append(block)
+    samples = np.concatenate(blocks or [np.zeros((0, 1), np.float32)])
+    if len(samples) < file.frames < UNKNOWN_FRAMES:
+        raise AudioError(f"{place}: truncated, {len(samples)} of {file.frames} samples could be read; copy it again")
+    for promised, there in _CUT_SHORT.findall(file.extra_info):
+        if int(there) < int(promised) < _STREAMED_BYTES:
+            raise AudioError(f"{place}: truncated, {there} of {promised} bytes of samples are there; copy it again")
+    return samples
 
 
 def _av_container(head: bytes) -> str | None:
@@ -143,9 +170,11 @@ def _decode_with_av(stream: BinaryIO, place: str, container: str) -> tuple[npt.N
     except ImportError:
         raise MissingExtraError(f"{place}: {container} needs PyAV; pip install 'arkasr[av]'") from None
     try:
-        with av.open(stream, mode="r") as file:
+        with av.open(stream, mode="r", metadata_errors="ignore") as file:
             if not file.streams.audio:
                 raise AudioError(f"{place}: {container} without an audio track; nothing to transcribe")
+            if file.streams.audio[0].codec_context is None:
+                raise AudioError(f"{place}: {container} with an unknown audio codec; convert it to wav or flac")
             rate = file.streams.audio[0].rate
             resampler = av.AudioResampler(format="fltp")
             frames = [out for frame in file.decode(audio=0) for out in resampler.resample(frame)]
@@ -163,14 +192,16 @@ def _from_array(samples: npt.NDArray[np.generic], rate: int, place: str) -> tupl
         raise AudioError(f"{place}: array of shape {samples.shape}, wanted [samples] or [samples, channels]")
     if samples.shape[1] > MAX_CHANNELS:
         raise AudioError(f"{place}: {samples.shape[1]} channels; give the array as [samples, channels], not transposed")
-    values = samples.astype(np.float32)
+    kinds = (np.floating, np.signedinteger, np.uint8)
+    if not any(np.issubdtype(samples.dtype, kind) for kind in kinds):
+        raise AudioError(f"{place}: array of {samples.dtype}, wanted floats, signed integers or uint8")
+    with np.errstate(over="ignore"):  # infinity is refused with its place
+        values = samples.astype(np.float32)
     if np.issubdtype(samples.dtype, np.floating):
         return values, rate
     if samples.dtype == np.uint8:
         return (values - np.float32(128)) / np.float32(128), rate
-    if np.issubdtype(samples.dtype, np.signedinteger):
-        return values / np.float32(2 ** (8 * samples.dtype.itemsize - 1)), rate
-    raise AudioError(f"{place}: array of {samples.dtype}, wanted floats, signed integers or uint8")
+    return values / np.float32(2 ** (8 * samples.dtype.itemsize - 1)), rate
 
 
 def num_mel_frames(num_samples: int) -> int:

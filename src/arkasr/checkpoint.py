@@ -122,8 +122,11 @@ def _size(config: ModelConfig, field: str) -> int:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename, so that `path` is always complete or as it was."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def resolve(model: str | Path) -> Path:

@@ -154,7 +154,7 @@ def _deliver(outcome: Transcript | ArkASRError, name: str, target: Path | None, 
         sys.stdout.flush()
     elif isinstance(outcome, Transcript):
         try:
-            write_atomically(target, lambda part: part.write_text(text.getvalue(), encoding="utf-8"))
+            write_atomically(target, lambda part: part.write_text(text.getvalue(), "utf-8", "backslashreplace"))
         except OSError as error:
             raise UsageError(f"{target}: cannot be written ({error.strerror}); give another --output-dir") from None
 
@@ -193,6 +193,9 @@ def train_sft(context: typer.Context) -> None:
 
 def main() -> None:
     """Entry point: users' mistakes become one line on standard error and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that is no UTF-8, a terminal without Chinese
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except ArkASRError as error:

@@ -20,6 +20,7 @@ from arkasr.results import Transcript
 from arkasr.text import TextRules
 
 BATCH_SIZE = 8
+MAX_BATCH_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Transcriber:
         batch_size: int = BATCH_SIZE,
     ) -> Iterator[tuple[AudioSource, Transcript | ArkASRError]]:
         """Each source with its transcript, or with the error that a bad clip met; lazily and in order."""
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; give at least 1")
+        if not 1 <= batch_size <= MAX_BATCH_SIZE:
+            raise UsageError(f"batch_size is {batch_size}; give 1..{MAX_BATCH_SIZE}")
         remaining = iter(sources)
         while sources_of_batch := list(islice(remaining, batch_size)):
             clips = [self._load(source) for source in sources_of_batch]

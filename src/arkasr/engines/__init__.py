@@ -13,6 +13,7 @@ EngineName = Literal["auto", "pytorch", "onnx"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 MAX_NEW_TOKENS = 256
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30  # beyond, float32 overflows to NaN
 # Real speech stays below about 10 tokens a second in all 19 languages; more is a loop.
 TOKENS_PER_S = 10
 EXTRA_TOKENS = 8
@@ -35,8 +36,12 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise UsageError(
+                f"temperature is {self.temperature}; give 0 (greedy) or {MIN_TEMPERATURE}..{MAX_TEMPERATURE}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed is {self.seed}; give 0..2^63-1")
 
     def token_cap(self, num_samples: int) -> int:
         """Most tokens that a clip of this length may produce."""

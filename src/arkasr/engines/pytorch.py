@@ -38,11 +38,13 @@ class PyTorchEngine:
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r}: no such dtype; use one of {', '.join(DTYPES)}")
         try:
-            kind = torch.device(device).type
+            wanted = torch.device(device)
         except RuntimeError:
-            raise UsageError(f"device {device!r}: no such device; use auto, cpu or cuda") from None
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise UsageError(f"device {device}: this PyTorch sees no CUDA device; use --device cpu")
+            raise UsageError(f"device {device!r}: no such device; use auto, cpu, cuda or cuda:N") from None
+        if wanted.type != "cuda" and device != "cpu":
+            raise UsageError(f"device {device}: not supported; use auto, cpu, cuda or cuda:N")
+        if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"device {device}: not among the CUDA devices that PyTorch sees; use --device cpu")
         return cls(model.load(source, dtype=DTYPES[dtype], device=device), source.rules)
 
     @torch.inference_mode()
@@ -97,7 +99,8 @@ class _Rows:
         self.network, self.rules, self.options = engine.network, engine.rules, options
         self.device = engine.network.decoder.embed.weight.device
         self.forbidden = torch.from_numpy(~engine.rules.allowed_ids).to(self.device)
-        self.generator = torch.Generator(device=self.device).manual_seed(options.seed)
+        # One a row, so that a sampled text does not depend on the neighbours either.
+        self.generators = [torch.Generator(device=self.device).manual_seed(options.seed) for _ in waveforms]
         self.rows = [_Row(options.token_cap(len(waveform)), [], []) for waveform in waveforms]
         merge = engine.network.config.merge_factor
         self.prompts = [engine.rules.prompt_ids(audio.num_audio_tokens(len(waveform), merge)) for waveform in waveforms]
@@ -132,7 +135,8 @@ class _Rows:
             chosen = logprobs.argmax(dim=-1)
         else:
             probs = (logprobs / self.options.temperature).softmax(dim=-1)
-            chosen = torch.multinomial(probs, 1, generator=self.generator)[:, 0]
+            draws = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, self.generators, strict=True)]
+            chosen = torch.cat(draws)
         self.next_ids = chosen
         chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
         for row, token_id, logprob in zip(self.rows, chosen.tolist(), chosen_logprobs, strict=True):

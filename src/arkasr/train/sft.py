@@ -44,10 +44,19 @@ class Config:
         steps: updates in all.
         batch_s: seconds of audio a micro-batch, with padding.
         accumulate: micro-batches an update.
+        lr, warmup_steps: peak learning rate, reached linearly; then a cosine down to a twentieth of it.
+        weight_decay: of AdamW, on matrices only.
+        clip: largest global norm of the gradient.
         ctc_weight: weight of the auxiliary CTC loss beside the decoder's.
         ctc_only_steps: updates in which the CTC loss alone trains the encoder.
         average: decay of the moving average of the weights, which is what is evaluated and saved.
         max_duration_s, min_duration_s: utterances outside are left out (and counted).
+        bf16: forward and backward in bfloat16 where autocast sees fit; weights stay float32.
+        device: where to train, cpu or cuda.
+        threads: of PyTorch, 0 for its own choice.
+        workers: processes that prepare batches.
+        seed: of everything.
+        eval_every, save_every, log_every: updates between evaluations, checkpoints and lines of the metrics file.
     """
 
     model: str
@@ -146,7 +155,9 @@ def main(config: Config) -> None:
             # Means over the whole update, so that accumulation 4 x 1 equals 1 x 4.
             loss = (config.ctc_weight if decode else 1.0) * ctc / max(num_ctc, 1) + ce / num_targets
             loss.backward()
-            seen.add(ctc, num_ctc, ce, num_targets, piece)
+            seen.add(ctc, ce, piece)
+        seen.num_ctc += num_ctc
+        seen.num_targets += num_targets if decode else 0
         norm = loop.gradient_norm(trainee.parameters(), limit=config.clip)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step)
@@ -179,11 +190,9 @@ class _Seen:
     audio_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, ctc: Tensor, num_ctc: int, ce: Tensor, num_targets: int, batch: Batch) -> None:
+    def add(self, ctc: Tensor, ce: Tensor, batch: Batch) -> None:
         self.ctc += float(ctc.detach())
         self.ce += float(ce.detach())
-        self.num_ctc += num_ctc
-        self.num_targets += num_targets
         self.audio_s += float(batch.num_frames.sum()) / 100
 
     def means(self) -> dict[str, float]:

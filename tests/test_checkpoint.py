@@ -1,0 +1,438 @@
+"""Checkpoints on disk: round trips, shards, every way to be damaged or contradictory, and nothing in them executed."""
+
+import json
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import arkasr
+from arkasr import checkpoint, model
+from arkasr import config as configs
+from arkasr.config import ModelConfig
+from arkasr.errors import ArkASRError, CheckpointMismatchError, ModelNotFoundError
+from conftest import MakeCheckpoint, byte_tokenizer, small_config
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+POSITIONS = "audio_encoder.whisper.embed_positions.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    return model.load(checkpoint.open_checkpoint(folder)).state_dict()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def refused(folder: Path, error: type[ArkASRError] = CheckpointMismatchError) -> str:
+    """The one line that opening the folder fails with."""
+    with pytest.raises(error) as caught:
+        checkpoint.open_checkpoint(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of model.safetensors in place."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def shard(folder: Path, parts: int = 3) -> dict[str, str]:
+    """Replace model.safetensors by shards, every part-th tensor in each, and their index; returns the weight map."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    places: dict[str, str] = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        names = sorted(tensors)[part::parts]
+        save_file({name: tensors[name] for name in names}, folder / file)
+        places |= dict.fromkeys(names, file)
+    write_index(folder, places)
+    return places
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+# ---- round trips ----
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tied_embeddings": False, "eos_token_ids": (263, 257), "adapter_activation": "relu", "use_rope": False}],
+    ids=["tied", "untied"],
+)
+@pytest.mark.parametrize(
+    ("stored", "loaded"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_round_trip_is_byte_identical(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, stored: torch.dtype, loaded: torch.dtype, changes: dict[str, Any]
+) -> None:
+    first = make_checkpoint(dtype=stored, **changes)
+    network = model.load(checkpoint.open_checkpoint(first), dtype=loaded)
+    assert {parameter.dtype for parameter in network.parameters()} == {loaded}
+    assert not network.training
+    again = tmp_path / "again"
+    model.save(network, again, dtype=stored)
+    for file in (WEIGHTS, "config.json"):
+        assert (again / file).read_bytes() == (first / file).read_bytes()
+    assert sorted(path.name for path in again.iterdir()) == ["config.json", WEIGHTS]
+
+
+def test_shards_load_as_one_file_does(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(tied_embeddings=False)
+    whole = state_of(folder)
+    shard(folder)
+    assert len(checkpoint.open_checkpoint(folder).shards) == 3
+    assert same(state_of(folder), whole)
+
+
+# ---- tensors against the config ----
+
+
+def test_each_missing_tensor_is_named(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(tied_embeddings=False, use_rope=False)
+    tensors = load_file(folder / WEIGHTS)
+    for name in tensors:
+        save_file({other: tensors[other] for other in tensors if other != name}, folder / WEIGHTS)
+        assert name in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("surplus.weight", True),
+        ("audio_encoder.whisper.layers.2.fc1.weight", True),
+        ("model.layers.0.self_attn.o_proj.bias", True),
+        ("audio_encoder.whisper.layers.0.self_attn.k_proj.bias", False),
+        ("audio_encoder.whisper.layer_norm.scale", True),
+    ],
+)
+def test_a_surplus_tensor_is_named(make_checkpoint: MakeCheckpoint, name: str, tied: bool) -> None:
+    folder = make_checkpoint(tied_embeddings=tied)
+    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(32)}))
+    assert name in refused(folder)
+
+
+def test_each_misshapen_tensor_is_named(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(tied_embeddings=False)
+    tensors = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        wrong = (*tensor.shape[:-1], tensor.shape[-1] + 1)
+        save_file(tensors | {name: torch.zeros(wrong)}, folder / WEIGHTS)
+        message = refused(folder)
+        assert name in message
+        assert str(wrong) in message
+
+
+@pytest.mark.parametrize("wrong", [(32, 276), (276 * 32,), (1, 276, 32), ()])
+def test_the_shape_counts_not_the_size(make_checkpoint: MakeCheckpoint, wrong: tuple[int, ...]) -> None:
+    folder = make_checkpoint()
+    rewrite(folder, lambda tensors: tensors.update({EMBEDDING: torch.zeros(wrong)}))
+    assert EMBEDDING in refused(folder)
+
+
+def test_a_tensor_in_two_shards_is_named(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    places = shard(folder)
+    name = next(name for name, file in places.items() if file.startswith("model-00001"))
+    second = folder / "model-00002-of-00003.safetensors"
+    save_file(load_file(second) | {name: load_file(folder / places[name])[name]}, second)
+    assert name in refused(folder)
+
+
+def test_tolerated_tensors_change_nothing(make_checkpoint: MakeCheckpoint) -> None:
+    """A tied model's copy of the head, the tower's unused norm, and positions that RoPE does without."""
+    folder = make_checkpoint()
+    before = state_of(folder)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+        tensors |= {f"audio_encoder.whisper.layer_norm.{part}": torch.ones(32) for part in ("weight", "bias")}
+        del tensors[POSITIONS]
+
+    rewrite(folder, change)
+    after = state_of(folder)
+    assert "decoder.head.weight" not in after
+    assert not after.pop("encoder.positions").any()
+    del before["encoder.positions"]
+    assert same(after, before)
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(276, 31)}))
+    assert "lm_head.weight" in refused(folder)
+
+
+def test_without_rope_positions_are_needed(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(use_rope=False)
+    rewrite(folder, lambda tensors: tensors.pop(POSITIONS))
+    assert POSITIONS in refused(folder)
+
+
+# ---- damaged, missing and hostile files ----
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:-1],
+        lambda raw: raw[:100],
+        lambda raw: raw[:3],
+        lambda _: b"",
+        lambda _: b"\xff" * 4096,
+        lambda raw: b"\xff\xff\xff\xff\xff\xff\xff\x7f" + raw[8:],
+        lambda raw: raw[:8] + b"x" + raw[9:],
+    ],
+    ids=["half", "one-byte-short", "header-cut", "3-bytes", "empty", "garbage", "endless-header", "header-not-json"],
+)
+def test_damaged_weights(make_checkpoint: MakeCheckpoint, damage: Callable[[bytes], bytes], sharded: bool) -> None:
+    folder = make_checkpoint()
+    if sharded:
+        shard(folder)
+    victim = max(folder.glob("*.safetensors"))
+    victim.write_bytes(damage(victim.read_bytes()))
+    assert victim.name in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "..", "", "pytorch_model.bin", "x.py", 7]
+)
+def test_the_index_stays_in_its_folder(make_checkpoint: MakeCheckpoint, name: object) -> None:
+    folder = make_checkpoint()
+    tensors = load_file(folder / WEIGHTS)
+    for place in (folder.parent / "x.safetensors", folder / "sub" / "x.safetensors"):
+        place.parent.mkdir(exist_ok=True)
+        save_file(tensors, place)
+    write_index(folder, {**dict.fromkeys(tensors, WEIGHTS), EMBEDDING: name})
+    message = refused(folder)
+    assert INDEX in message
+    assert not isinstance(name, str) or repr(name) in message
+
+
+@pytest.mark.parametrize("raw", ["", "[]", "{}", "no json", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}'])
+def test_damaged_index(make_checkpoint: MakeCheckpoint, raw: str) -> None:
+    folder = make_checkpoint()
+    (folder / INDEX).write_text(raw)
+    assert INDEX in refused(folder)
+
+
+def test_missing_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint()
+    places = shard(folder)
+    (folder / places[EMBEDDING]).unlink()
+    assert places[EMBEDDING] in refused(folder, ModelNotFoundError)
+    (folder / INDEX).unlink()
+    assert WEIGHTS in refused(folder, ModelNotFoundError)
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refused(folder, ModelNotFoundError)
+    (folder / "config.json").unlink()
+    assert "config.json" in refused(folder, ModelNotFoundError)
+    assert str(tmp_path / "absent") in refused(tmp_path / "absent", ModelNotFoundError)
+
+
+def test_unknown_names_list_what_there_is() -> None:
+    message = refused(Path("huge"), ModelNotFoundError)
+    assert "tiny" in message
+    with pytest.raises(ModelNotFoundError, match=r"0\.6b.*AutoArk-AI/ARK-ASR-0\.6B"):
+        arkasr.load_model("0.6b")
+    with pytest.raises(ModelNotFoundError, match="AutoArk-AI/ARK-ASR-3B"):
+        arkasr.load_model("3B")
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.marker,)
+
+
+OPENED: list[str] = []
+WATCHING: list[bool] = []
+
+
+def watch(event: str, arguments: tuple[object, ...]) -> None:
+    if WATCHING and event == "open":
+        OPENED.append(str(arguments[0]))
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """Every path that Python opens meanwhile. An audit hook cannot be removed; it sleeps afterwards."""
+    sys.addaudithook(watch)
+    WATCHING.append(True)
+    yield OPENED
+    WATCHING.clear()
+    OPENED.clear()
+
+
+def test_pickles_and_remote_code_are_never_touched(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, opened: list[str]
+) -> None:
+    folder = make_checkpoint()
+    marker = tmp_path / "executed"
+    bomb = pickle.dumps(Bomb(marker))
+    pickle.loads(bomb)  # noqa: S301 - the trap is armed
+    assert marker.exists()
+    marker.unlink()
+    traps = ["pytorch_model.bin", "model.pt", "optimizer.pkl"]
+    for name in traps:
+        (folder / name).write_bytes(bomb)
+    for name in ("configuration_arkasr", "modeling_arkasr", "processing_arkasr", "sitecustomize", "conftest"):
+        traps.append(f"{name}.py")
+        (folder / traps[-1]).write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["auto_map"] = {"AutoConfig": "configuration_arkasr.A", "AutoModel": "modeling_arkasr.B"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: "pytorch_model.bin"}}))
+    opened.clear()
+    transcript = arkasr.load_model(folder).transcribe((np.zeros(8_000, np.float32), 16_000))
+    assert isinstance(transcript, arkasr.Transcript)
+    assert str(folder / "config.json") in opened
+    assert not [path for path in opened if Path(path).name in traps]
+    (folder / WEIGHTS).unlink()
+    refused(folder, ModelNotFoundError)
+    assert not [path for path in opened if Path(path).name in traps]
+    assert not marker.exists()
+
+
+# ---- config.json ----
+
+
+def test_our_names_are_the_modules(small: ModelConfig) -> None:
+    for config in (small, replace(small, tied_embeddings=False, encoder_layers=3)):
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.ArkASR(config).state_dict().items()}
+        assert {spec.name: spec.shape for spec in checkpoint.tensor_specs(config)} == shapes
+
+
+def tiny_mapping() -> dict[str, Any]:
+    return configs.to_mapping(small_config(byte_tokenizer()))
+
+
+def test_config_round_trip(small: ModelConfig) -> None:
+    several = replace(small, eos_token_ids=(263, 257), use_rope=False, tied_embeddings=False)
+    for config in (small, several):
+        assert configs.from_mapping(json.loads(json.dumps(configs.to_mapping(config)))) == config
+    assert "auto_map" not in configs.to_mapping(small)
+
+
+def test_absent_keys_have_the_published_defaults(small: ModelConfig) -> None:
+    raw = tiny_mapping()
+    for key in ("merge_factor", "use_rope", "mlp_adapter_act", "max_whisper_length", "spec_aug", "adapter_type"):
+        del raw[key]
+    assert configs.from_mapping(raw) == small
+
+
+def test_rope_theta_of_transformers_5(small: ModelConfig) -> None:
+    raw = tiny_mapping()
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw.pop("rope_theta")}
+    assert configs.from_mapping(raw) == small
+    assert configs.from_mapping({**raw, "rope_theta": small.rope_theta}) == small
+
+
+REQUIRED = [
+    *("audio_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "hidden_size", "intermediate_size"),
+    *("num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_theta", "vocab_size"),
+    *("whisper_config", "whisper_config.d_model", "whisper_config.encoder_attention_heads"),
+    *("whisper_config.encoder_ffn_dim", "whisper_config.encoder_layers", "whisper_config.max_source_positions"),
+    "whisper_config.num_mel_bins",
+]
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+@pytest.mark.parametrize("value", ["absent", None, -1, "32", [], {}, 10**400, True], ids=lambda v: str(v)[:8])
+def test_needed_keys(path: str, value: object) -> None:
+    raw = tiny_mapping()
+    *parents, key = path.split(".")
+    place = raw[parents[0]] if parents else raw
+    place[key] = value
+    if value == "absent":
+        del place[key]
+    with pytest.raises(CheckpointMismatchError) as caught:
+        configs.from_mapping(raw)
+    message = str(caught.value)
+    assert key in message or (value == 10**400 and "vocab_size" in message)
+    assert "\n" not in message
+
+
+CONTRADICTIONS: list[tuple[str, object, str]] = [
+    ("hidden_size", 33, "hidden_size"),
+    ("hidden_size", 2**60, "hidden_size"),
+    ("num_attention_heads", 5, "num_attention_heads"),
+    ("num_attention_heads", 32, "width"),
+    ("num_key_value_heads", 3, "num_key_value_heads"),
+    ("num_key_value_heads", 8, "num_key_value_heads"),
+    ("num_key_value_heads", 0, "num_key_value_heads"),
+    ("num_hidden_layers", 2**24 - 1, "num_hidden_layers"),
+    ("num_hidden_layers", 1.5, "num_hidden_layers"),
+    ("head_dim", 16, "head_dim"),
+    ("vocab_size", 258, "vocab_size"),
+    ("audio_token_id", 276, "vocab_size"),
+    ("eos_token_id", [263, 276], "vocab_size"),
+    ("eos_token_id", [263, "257"], "eos_token_id"),
+    ("eos_token_id", [263, [257]], "eos_token_id"),
+    ("rms_norm_eps", 0, "rms_norm_eps"),
+    ("rms_norm_eps", float("nan"), "rms_norm_eps"),
+    ("rope_theta", float("inf"), "rope_theta"),
+    ("rope_parameters", {"rope_theta": 1e4}, "rope_theta"),
+    ("rope_parameters", {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}, "rope"),
+    ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "rope_scaling"),
+    ("model_type", "qwen2", "model_type"),
+    ("adapter_type", "conv", "adapter_type"),
+    ("merge_factor", 0, "merge_factor"),
+    ("mlp_adapter_act", "tanh", "mlp_adapter_act"),
+    ("max_whisper_length", 3000, "max_whisper_length"),
+    ("use_rope", "yes", "use_rope"),
+    ("use_rope", 1, "use_rope"),
+    ("tie_word_embeddings", 0, "tie_word_embeddings"),
+    ("hidden_act", "gelu", "hidden_act"),
+    ("use_sliding_window", True, "use_sliding_window"),
+    ("whisper_config.d_model", 30, "d_model"),
+    ("whisper_config.encoder_attention_heads", 16, "encoder head width"),
+    ("whisper_config.encoder_layers", 2**24 - 1, "encoder_layers"),
+    ("whisper_config.activation_function", "relu", "activation_function"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"), CONTRADICTIONS, ids=[f"{p}={v}"[:60] for p, v, _ in CONTRADICTIONS]
+)
+def test_contradictory_config(path: str, value: object, named: str) -> None:
+    raw = tiny_mapping()
+    *parents, key = path.split(".")
+    (raw[parents[0]] if parents else raw)[key] = value
+    with pytest.raises(CheckpointMismatchError) as caught:
+        configs.from_mapping(raw, "some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json")
+    assert named in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"no json", b"[]", b"[1, 2]", b'"text"', b"null", b'{"hidden_size": ', b"\xff\xfe\x00", b"[" * 100_000],
+    ids=["empty", "words", "list", "numbers", "string", "null", "cut", "binary", "nested"],
+)
+def test_config_that_is_no_json_object(make_checkpoint: MakeCheckpoint, raw: bytes) -> None:
+    folder = make_checkpoint()
+    (folder / "config.json").write_bytes(raw)
+    assert "config.json" in refused(folder)
