@@ -13,6 +13,9 @@ from arkasr import model, text
 from arkasr.config import ModelConfig
 from arkasr.text import TextRules
 
+# Threads that wait for each other on a busy machine make tiny layers a hundred times slower.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

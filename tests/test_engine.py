@@ -1,7 +1,7 @@
 """What every engine promises, one suite over all of them, and what the Transcriber makes of an engine's answers."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,15 +46,6 @@ class Subject:
 
 
 MakeSubject = Callable[[model.ArkASR], Subject]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine make these tiny steps a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=list(ENGINES))
@@ -225,14 +216,20 @@ def test_sampling_follows_its_seed(babbler: Subject) -> None:
     assert said[0] != said[2] != said[3] != said[0]
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-40, 1e-300])
+def test_sampling_does_not_depend_on_the_batch(babbler: Subject) -> None:
+    options = DecodeOptions(temperature=0.8, seed=4)
+    together = babbler.engine.generate(clips(), options)
+    assert [g.ids for g in together] == [babbler.engine.generate([clip], options)[0].ids for clip in clips()]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-30])
 def test_low_temperatures_approach_greedy(babbler: Subject, temperature: float) -> None:
     greedy = babbler.engine.generate(clips(), DecodeOptions())
     sampled = babbler.engine.generate(clips(), DecodeOptions(temperature=temperature))
     assert [g.ids for g in sampled] == [g.ids for g in greedy]
 
 
-@pytest.mark.parametrize("temperature", [1e3, 1e30, 1e39, 1e300])
+@pytest.mark.parametrize("temperature", [1e3, 1e30])
 def test_high_temperatures_stay_among_the_allowed(babbler: Subject, temperature: float) -> None:
     said = [t for g in babbler.engine.generate(clips(), DecodeOptions(temperature=temperature)) for t in g.ids]
     assert len(set(said)) > 20
@@ -246,7 +243,8 @@ def test_sampled_shares_match_the_probabilities(
     """Of 2048 draws from 0.7 : 0.3; at temperature 2 the odds are their square root. Three sigma are 0.03."""
     wanted = dict.fromkeys(range(small.vocab_size), -1e4) | {LETTER_A: math.log(0.7), LETTER_B: math.log(0.3)}
     subject = make_subject(rigged(small, {None: wanted}))
-    generations = subject.engine.generate([noise(400_000)] * 8, DecodeOptions(temperature=temperature, seed=5))
+    options = [DecodeOptions(temperature=temperature, seed=seed) for seed in range(8)]
+    generations = [subject.engine.generate([noise(400_000)], each)[0] for each in options]
     said = [token for g in generations for token in g.ids]
     assert len(said) == 2048
     assert set(said) == {LETTER_A, LETTER_B}
@@ -277,8 +275,10 @@ def test_token_cap_grows_with_the_clip_up_to_the_limit() -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": 1e39}, "temperature"),
         ({"seed": 2**64}, "seed"),
-        ({"seed": -(2**63) - 1}, "seed"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_options_refuse_bad_values(changes: dict[str, int | float], named: str) -> None:

@@ -1,7 +1,7 @@
 """The network against oracles that share nothing with it: transformers, complex numbers, and plain numpy loops."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,6 @@ from conftest import random_network
 Array = npt.NDArray[np.float64]
 LENGTHS = (40, 1, 5, 77, 6, 29)  # mel frames; 1 -> one encoder frame, 5 and 6 -> three
 LOUDNESS = (0.3, 1.0, 0.5, 4.0, 1.0, 2.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine make tiny layers a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def worst(ours: Tensor, theirs: Any) -> float:

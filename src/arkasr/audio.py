@@ -13,7 +13,7 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,18 @@ _CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (
 _STREAMED_BYTES = 0x7FFF0000
 
 Waveform = npt.NDArray[np.float32]  # [samples], mono, 16 kHz, nominally in [-1, 1]
-AudioSource = str | os.PathLike[str] | bytes | BinaryIO | tuple[npt.NDArray[np.generic], int]
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A binary file object; only `read()` is called."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The rest of the file."""
+        ...
+
+
+AudioSource = str | os.PathLike[str] | bytes | Readable | tuple[npt.NDArray[np.generic], int]
 
 # The first bytes of containers that libsndfile does not read and the `av` extra does.
 _AV_CONTAINERS = {"mp4/m4a": (4, b"ftyp"), "webm/matroska": (0, b"\x1aE\xdf\xa3"), "wma/asf": (0, b"0&\xb2u")}
@@ -105,7 +116,7 @@ def duration_s(path: Path) -> float:
         return len(load(path)) / SAMPLE_RATE
 
 
-def _open(source: str | os.PathLike[str] | bytes | BinaryIO, place: str) -> BinaryIO:
+def _open(source: str | os.PathLike[str] | bytes | Readable, place: str) -> BinaryIO:
     if isinstance(source, bytes):
         return _Bytes(source)
     if not isinstance(source, str | os.PathLike):

@@ -21,6 +21,7 @@ BUILT_IN = {"tiny": SHIPPED / "tiny"}
 PUBLISHED = {"0.6b": "AutoArk-AI/ARK-ASR-0.6B", "3b": "AutoArk-AI/ARK-ASR-3B"}
 
 WEIGHTS = "model.safetensors"
+DTYPES = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
 # Present in some copies and replaced by an identity there.
 IGNORED = ("audio_encoder.whisper.layer_norm.weight", "audio_encoder.whisper.layer_norm.bias")
@@ -178,7 +179,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointMismatchError(f"{index_path}: not a safetensors index; fetch the file again") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
@@ -218,6 +219,12 @@ def _headers(shard: Path) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of each tensor in one file, without reading weights."""
     try:
         with safe_open(shard, framework="np") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            for name, piece in slices.items():
+                if piece.get_dtype() not in DTYPES:
+                    raise CheckpointMismatchError(
+                        f"{shard}: tensor {name} is {piece.get_dtype()}; arkasr reads {', '.join(DTYPES)}"
+                    )
+            return {name: tuple(piece.get_shape()) for name, piece in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointMismatchError(f"{shard}: damaged safetensors file ({error}); fetch it again") from None

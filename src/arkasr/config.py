@@ -14,6 +14,8 @@ from typing import Any
 from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
 
 MAX_CLIP_S = 30  # one pass of the encoder; fixed by the architecture
+# Beyond these a config is damaged or hostile, and building the table of its tensors would take the memory.
+MAX_SIZE, MAX_LAYERS, MAX_NUMBER = 2**24, 1024, 1e30
 ADAPTER_ACTIVATIONS = ("gelu", "relu", "selu")
 
 
@@ -67,7 +69,9 @@ def load(folder: Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelNotFoundError(f"{folder}: no config.json; give a folder in the published layout") from None
-    except ValueError as error:
+    except OSError as error:
+        raise ModelNotFoundError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointMismatchError(f"{path}: not JSON ({error}); fetch the file again") from None
     if not isinstance(raw, dict):
         raise CheckpointMismatchError(f"{path}: not a JSON object; fetch the file again")
@@ -78,10 +82,12 @@ def from_mapping(raw: Mapping[str, Any], place: str = "config.json") -> ModelCon
     """Build and check a config from the parsed JSON object; `place` names it in errors."""
     read = _Reader(raw, place)
     whisper = _Reader(read.mapping("whisper_config"), f"{place}: whisper_config")
-    rope = raw.get("rope_parameters")
-    theta = _Reader(rope, f"{place}: rope_parameters") if isinstance(rope, dict) else read
-    if isinstance(rope, dict) and "rope_theta" in raw and raw["rope_theta"] != rope.get("rope_theta"):
-        raise CheckpointMismatchError(f"{place}: rope_theta {raw['rope_theta']} contradicts rope_parameters {rope}")
+    theta = read
+    if raw.get("rope_parameters") is not None:
+        theta = _Reader(read.mapping("rope_parameters"), f"{place}: rope_parameters")
+        theta.fixed("rope_type", "default")
+        theta.fixed("rope_theta", raw.get("rope_theta", theta.raw.get("rope_theta")))
+    read.fixed("rope_scaling", None)
     read.fixed("model_type", "arkasr")
     read.fixed("adapter_type", "mlp")
     read.fixed("hidden_act", "silu")
@@ -90,7 +96,7 @@ def from_mapping(raw: Mapping[str, Any], place: str = "config.json") -> ModelCon
     config = ModelConfig(
         num_mels=whisper.size("num_mel_bins"),
         encoder_dim=whisper.size("d_model"),
-        encoder_layers=whisper.size("encoder_layers"),
+        encoder_layers=whisper.size("encoder_layers", limit=MAX_LAYERS),
         encoder_heads=whisper.size("encoder_attention_heads"),
         encoder_ffn_dim=whisper.size("encoder_ffn_dim"),
         max_encoder_frames=whisper.size("max_source_positions"),
@@ -98,7 +104,7 @@ def from_mapping(raw: Mapping[str, Any], place: str = "config.json") -> ModelCon
         merge_factor=read.size("merge_factor", 4),
         adapter_activation=str(raw.get("mlp_adapter_act", "gelu")),
         hidden_dim=read.size("hidden_size"),
-        decoder_layers=read.size("num_hidden_layers"),
+        decoder_layers=read.size("num_hidden_layers", limit=MAX_LAYERS),
         decoder_heads=read.size("num_attention_heads"),
         kv_heads=read.size("num_key_value_heads"),
         decoder_ffn_dim=read.size("intermediate_size"),
@@ -150,8 +156,13 @@ def _check(config: ModelConfig, raw: Mapping[str, Any], place: str) -> None:
         config.adapter_activation in ADAPTER_ACTIVATIONS,
         f"mlp_adapter_act {config.adapter_activation!r} is none of {', '.join(ADAPTER_ACTIVATIONS)}",
     )
-    ids = (config.audio_token_id, config.bos_token_id, config.pad_token_id, *config.eos_token_ids)
-    must(max(ids) < config.vocab_size, f"token id {max(ids)} is outside vocab_size {config.vocab_size}")
+    must(
+        config.use_rope or config.max_encoder_frames >= MAX_CLIP_S * 50,
+        f"max_source_positions {config.max_encoder_frames} is too few for {MAX_CLIP_S} s without use_rope",
+    )
+    for key in ("audio_token_id", "bos_token_id", "pad_token_id", "eos_token_id"):
+        ids = config.eos_token_ids if key == "eos_token_id" else (vars(config)[key],)
+        must(max(ids) < config.vocab_size, f"{key} {max(ids)} is outside vocab_size {config.vocab_size}")
 
 
 def to_mapping(config: ModelConfig) -> dict[str, Any]:
@@ -214,10 +225,10 @@ class _Reader:
             raise self._wrong(key, value, "an object")
         return value
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, *, limit: int = MAX_SIZE) -> int:
         value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**24:
-            raise self._wrong(key, value, "a positive whole number below 2^24")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < limit:
+            raise self._wrong(key, value, f"a positive whole number below {limit}")
         return value
 
     def token(self, key: str) -> int:
@@ -237,7 +248,7 @@ class _Reader:
 
     def positive(self, key: str) -> float:
         value = self._get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < MAX_NUMBER:
             raise self._wrong(key, value, "a positive number")
         return float(value)
 

@@ -23,8 +23,10 @@ from arkasr import checkpoint
 from arkasr import config as configs
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import ModelConfig
+from arkasr.errors import CheckpointMismatchError
 
 ENCODER_ROPE_THETA = 10_000.0
+TIED_HEAD = "decoder.head.weight"
 FP16_LIMIT = 65504.0 - 1000.0
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "selu": F.selu}
 
@@ -279,11 +281,19 @@ def load(source: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str 
         model = ArkASR(source.config)
     state: dict[str, Tensor] = {}
     ours = {spec.hf_name: spec.name for spec in checkpoint.tensor_specs(source.config)}
+    ours["lm_head.weight"] = TIED_HEAD  # a copy may stand beside tied embeddings
     for shard in source.shards:
         with safe_open(shard, framework="pt", device=device) as file:
             for hf_name in file.keys():  # noqa: SIM118 - not a mapping
                 if hf_name in ours:
                     state[ours[hf_name]] = file.get_tensor(hf_name).to(dtype)
+    head = state.get(TIED_HEAD)
+    if head is not None and source.config.tied_embeddings and not torch.equal(head, state["decoder.embed.weight"]):
+        raise CheckpointMismatchError(
+            f"{source.folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
+        )
+    if source.config.tied_embeddings:
+        state.pop(TIED_HEAD, None)
     if "encoder.positions" not in state:
         shape = model.encoder.positions.shape
         state["encoder.positions"] = torch.zeros(shape, dtype=dtype, device=device)

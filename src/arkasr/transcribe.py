@@ -1,6 +1,5 @@
 """Audio to text: load, generate, to_text, Transcript. The one place where the stages meet."""
 
-import io
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from typing import overload
 import numpy as np
 
 from arkasr import audio, checkpoint, engines
-from arkasr.audio import AudioSource, Waveform
+from arkasr.audio import AudioSource, Readable, Waveform
 from arkasr.config import MAX_CLIP_S
 from arkasr.engines import DecodeOptions, Dtype, Engine, EngineName, Generation
 from arkasr.errors import ArkASRError, AudioError, UsageError
@@ -67,7 +66,7 @@ class Transcriber:
         Raises:
             AudioError: a clip cannot be read or is longer than 30 s.
         """
-        if isinstance(audio, str | os.PathLike | bytes | io.IOBase) or _is_array(audio):
+        if isinstance(audio, str | os.PathLike | bytes | Readable) or _is_array(audio):
             return next(self._transcripts([audio], options, batch_size))  # type: ignore[list-item]
         return self._transcripts(audio, options, batch_size)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ Unusual: clips of unequal length share a batch without touching each other. Rows
 its own position in the KV cache, so no left padding shifts anybody's positions.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from arkasr import audio, model
 from arkasr.audio import Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.engines import DecodeOptions, Dtype, Generation
-from arkasr.errors import UsageError
+from arkasr.errors import CheckpointMismatchError, UsageError
 from arkasr.model import ArkASR, KVCache
 from arkasr.text import TextRules
 
@@ -139,6 +140,10 @@ class _Rows:
             chosen = torch.cat(draws)
         self.next_ids = chosen
         chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+        if not all(map(math.isfinite, chosen_logprobs)):
+            raise CheckpointMismatchError(
+                "the network's output is not finite: damaged weights, or too large for float16; use --dtype float32"
+            )
         for row, token_id, logprob in zip(self.rows, chosen.tolist(), chosen_logprobs, strict=True):
             if row.done:
                 continue

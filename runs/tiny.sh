@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Makes the shipped model from nothing: runs/tiny.sh SPEECH_FOLDER [WORK_FOLDER]
+# SPEECH_FOLDER holds an4/ with its manifest.jsonl. Two CPU cores and 4 GB of memory; about three hours on a quiet machine.
+# Every step resumes or is skipped when it is complete: run it again after an interruption.
+set -euo pipefail
+speech=$(realpath "$1")
+work=$(realpath -m "${2:-work/tiny}")
+cd "$(dirname "$0")/.."
+
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train]"
+PATH="$PWD/.venv/bin:$PATH"
+command -v espeak-ng flite > /dev/null || { apt-get update -qq && apt-get install -y -qq espeak-ng flite; }
+export OPENBLAS_NUM_THREADS=1 # one batch worker beside two training threads
+
+[ -e "$work/start/model.safetensors" ] || python runs/tiny_data.py "$speech" "$work"
+
+# 1. Learn to hear: CTC alone, short clean clips, until it is well off its plateau.
+ark-asr train sft --model "$work/start" --out "$work/hear" --eval "$work/an4_test.jsonl" \
+  --train "$work/synthetic.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" \
+  --steps 1500 --lr 1.2e-3 --warmup-steps 300 --ctc-only-steps 1500 --average 0.99 --batch-s 24 \
+  --max-duration-s 2.5 --gain-db 6
+
+# 2. Cut the training clips into words with what it hears, and join them anew.
+[ -e "$work/spliced.jsonl" ] || python runs/tiny_splice.py "$work" "$work/hear/model"
+
+# 3. Learn to write: the decoder joins in after 600 updates, on everything, augmented.
+ark-asr train sft --model "$work/hear/model" --out "$work/write" --eval "$work/an4_test.jsonl" \
+  --train "$work/synthetic.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" \
+  --train "$work/spliced.jsonl" --train "$work/words.jsonl" \
+  --steps 12000 --lr 1e-3 --warmup-steps 200 --ctc-only-steps 600 --ctc-weight 0.5 --average 0.999 --batch-s 24 \
+  --max-duration-s 12 --bf16 --speed 0.1 --gain-db 8 --noise 0.4 --narrow 0.25 --pad-s 0.3 --frequency-masks 2
+
+# 4. Ship it in bfloat16, and measure.
+python runs/tiny_ship.py "$work/write/model"
+python bench/tiny.py "$speech"
