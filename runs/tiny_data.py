@@ -17,17 +17,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import soxr
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from arkasr import audio, checkpoint, model, text
+from arkasr.audio import Waveform
 from arkasr.config import ModelConfig
 from arkasr.data import read_manifest
 
 SEED = 20261122
 NUM_SYNTHETIC = 9000
+NUM_SHORT = 4000  # single words and pairs, cut tightly, as single-word recordings are
 VOCABULARY = 700  # before the added tokens
 
 DIGITS = ["ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE"]
@@ -121,10 +124,18 @@ def word_phones(word: str) -> tuple[str, ...]:
     return tuple(flite_phones(spoken([word], random.Random(0)).replace(",", "")))
 
 
+def trimmed(samples: Waveform) -> Waveform:
+    """Without the silence around it, but 20 ms."""
+    loud = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
+    margin = audio.SAMPLE_RATE // 50
+    return samples[max(0, loud[0] - margin) : loud[-1] + margin] if len(loud) else samples
+
+
 def speak(folder: Path, index: int) -> dict[str, object]:
-    """Synthesize utterance number `index`; returns its record."""
+    """Synthesize utterance number `index`, a short one from NUM_SYNTHETIC on; returns its record."""
     rng = random.Random(SEED * 1_000_003 + index)
-    words = phrase(rng)
+    short = index >= NUM_SYNTHETIC
+    words = rng.choices(rng.choice([DIGITS, LETTERS, WORDS]), k=rng.choice([1, 1, 1, 2])) if short else phrase(rng)
     said = spoken(words, rng)
     raw, final = folder / f"{index:05}.wav", folder / f"{index:05}.flac"
     if rng.random() < 0.6:
@@ -162,6 +173,7 @@ def speak(folder: Path, index: int) -> dict[str, object]:
     samples, rate = soundfile.read(raw, dtype="float32")
     raw.unlink()
     samples = soxr.resample(samples, rate, audio.SAMPLE_RATE)
+    samples = trimmed(samples) if short else samples
     soundfile.write(final, samples, audio.SAMPLE_RATE)
     units = " ".join(phone for word in words for phone in word_phones(word))
     return {
@@ -250,9 +262,9 @@ def main(speech: Path, work: Path) -> None:
     write_manifest(work / "an4_test.jsonl", an4(speech, "test"))
     write_manifest(work / "kathleen.jsonl", kathleen(speech))
     with ThreadPoolExecutor(2) as pool:
-        write_manifest(
-            work / "synthetic.jsonl", list(pool.map(lambda index: speak(folder, index), range(NUM_SYNTHETIC)))
-        )
+        records = list(pool.map(lambda index: speak(folder, index), range(NUM_SYNTHETIC + NUM_SHORT)))
+    write_manifest(work / "synthetic.jsonl", records[:NUM_SYNTHETIC])
+    write_manifest(work / "short.jsonl", records[NUM_SYNTHETIC:])
     rng = random.Random(SEED)
     phrases = [" ".join(phrase(rng)) for _ in range(20_000)]
     phrases += [" ".join(rng.sample(WORDS, 8)) for _ in range(5_000)]

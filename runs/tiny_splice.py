@@ -26,7 +26,7 @@ from arkasr.engines.pytorch import pad_mels
 from arkasr.train.sft import CTC_HEAD
 from tiny_data import SEED, word_phones, write_manifest
 
-NUM_SPLICED = 4000
+NUM_SPLICED = 6000
 FRAME_S = 0.02
 FADE_SAMPLES = 160
 

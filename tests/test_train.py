@@ -11,7 +11,7 @@ import torch
 import arkasr
 from arkasr import audio, checkpoint, model
 from arkasr.data import read_manifest
-from arkasr.errors import UsageError
+from arkasr.errors import AudioError, UsageError
 from arkasr.train import loop, losses, sft
 from arkasr.train.batches import Augmentation, Collator, buckets, stream
 from conftest import MakeCheckpoint
@@ -120,8 +120,8 @@ def test_a_run_of_another_configuration_is_not_continued(
 
 def test_the_loss_is_the_mean_over_transcript_tokens(make_checkpoint: MakeCheckpoint, manifest: Path) -> None:
     source = checkpoint.open_checkpoint(make_checkpoint())
-    trainee = sft.Trainee(model.load(source), 3)
-    collator = Collator(source.rules, {c: 1 for text in SPOKEN for c in text}, 80, 4, 480_000)
+    trainee = sft.Trainee(model.load(source), 8)
+    collator = Collator.of(source, sorted({c for text in SPOKEN for c in text}))
     clean = Augmentation()
     utterances = list(read_manifest(manifest))
     examples = [collator.example(u, clean, np.random.default_rng(0)) for u in utterances]
@@ -137,7 +137,7 @@ def test_the_loss_is_the_mean_over_transcript_tokens(make_checkpoint: MakeCheckp
             total = total - logprobs[len(prompt) - 1 + offset, token]
             count += 1
     with torch.no_grad():
-        _, ce = trainee(batch, decode=True)
+        _, ce = trainee(batch, sft.Weights(ctc=0.0, ce=1.0))
     assert int((batch.labels != losses.IGNORE).sum()) == count
     assert float(ce) == pytest.approx(float(total.detach()), rel=1e-5)
 
@@ -177,7 +177,7 @@ def test_buckets_waste_little_on_padding() -> None:
 def test_the_stream_continues_where_it_is_told_to(make_checkpoint: MakeCheckpoint, manifest: Path) -> None:
     source = checkpoint.open_checkpoint(make_checkpoint())
     utterances = list(read_manifest(manifest))
-    collator = Collator(source.rules, {c: 1 for text in SPOKEN for c in text}, 80, 4, 480_000)
+    collator = Collator.of(source, sorted({c for text in SPOKEN for c in text}))
 
     def mels(start: int, count: int) -> Sequence[torch.Tensor]:
         batches = stream(utterances, collator, ALL_AUGMENTATION, batch_s=1.0, seed=5, start=start, workers=0)
@@ -268,3 +268,27 @@ def test_begin_and_end_select_a_piece(tmp_path: Path) -> None:
     utterances = list(read_manifest(path))
     assert [len(u.waveform()) for u in utterances] == [4_000, 6_400, 8_000]
     assert [u.duration_s for u in utterances] == [pytest.approx(0.25), 0.4, 0.5]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_audio_that_cannot_be_read_stops_training_with_one_line(
+    make_checkpoint: MakeCheckpoint, manifest: Path, tmp_path: Path, workers: int
+) -> None:
+    (tmp_path / "2.wav").write_bytes(b"RIFF")
+    with pytest.raises(AudioError, match=r"2\.wav") as caught:
+        sft.main(config(make_checkpoint(), manifest, tmp_path / "run", workers=workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_slowed_clip_keeps_its_end(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A 30 s clip that augmentation made longer once lost its last words, but not their labels."""
+    source = checkpoint.open_checkpoint(make_checkpoint())
+    soundfile.write(tmp_path / "long.wav", np.zeros(30 * audio.SAMPLE_RATE), audio.SAMPLE_RATE)
+    (tmp_path / "m.jsonl").write_text('{"audio": "long.wav", "text": "a"}')
+    [utterance] = read_manifest(tmp_path / "m.jsonl")
+    for seed in range(4):
+        mel, *_ = Collator.of(source, ["a"]).example(utterance, Augmentation(speed=0.2), np.random.default_rng(seed))
+        assert mel.shape[1] <= 3000
+        assert mel.shape[1] == 3000 or mel.shape[1] > 2400
+    with pytest.raises(UsageError, match="at most 30 s"):
+        sft.main(config(source.folder, tmp_path / "m.jsonl", tmp_path / "run", max_duration_s=40))

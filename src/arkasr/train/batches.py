@@ -16,7 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from arkasr import audio
 from arkasr.audio import SAMPLE_RATE, Waveform
+from arkasr.checkpoint import Checkpoint
+from arkasr.config import MAX_CLIP_S
 from arkasr.data import Utterance
+from arkasr.errors import ArkASRError, AudioError
 from arkasr.text import TextRules
 from arkasr.train.losses import IGNORE
 
@@ -33,7 +36,7 @@ class Augmentation:
         gain_db: largest change of level.
         noise: share of clips that get coloured noise at 5 to 40 dB SNR.
         narrow: share of clips that lose everything above 4 kHz, as telephone speech has.
-        pad_s: most silence put before and after, each.
+        pad_s: most silence put before and after half of the clips, each.
         time_masks, frequency_masks: SpecAugment masks a clip (arXiv 1904.08779), at most 80 ms per second and 1/6 of
             the mels wide.
     """
@@ -51,14 +54,14 @@ class Augmentation:
         if self.speed:
             factor = 1 + rng.uniform(-self.speed, self.speed)
             samples = soxr.resample(samples, SAMPLE_RATE * factor, SAMPLE_RATE, quality="LQ")
-        if self.pad_s:
+        if self.pad_s and rng.random() < 0.5:
             before, after = (int(rng.uniform(0, self.pad_s) * SAMPLE_RATE) for _ in range(2))
             samples = np.pad(samples, (before, after))
-        if self.narrow and rng.random() < self.narrow:
-            low = soxr.resample(samples, SAMPLE_RATE, SAMPLE_RATE // 2, quality="LQ")
-            samples = soxr.resample(low, SAMPLE_RATE // 2, SAMPLE_RATE, quality="LQ")
         if self.noise and rng.random() < self.noise:
             samples = samples + _noise(samples, rng.uniform(5, 40), rng)
+        if self.narrow and rng.random() < self.narrow:
+            low = soxr.resample(samples, SAMPLE_RATE, SAMPLE_RATE // 2, quality="HQ")
+            samples = soxr.resample(low, SAMPLE_RATE // 2, SAMPLE_RATE, quality="HQ")
         if self.gain_db:
             samples = samples * np.float32(10 ** (rng.uniform(-self.gain_db, self.gain_db) / 20))
         clipped: Waveform = np.clip(samples, -1, 1).astype(np.float32)
@@ -119,11 +122,28 @@ class Collator:
     unit_ids: dict[str, int]
     num_mels: int
     merge_factor: int
-    max_clip_samples: int
+
+    @classmethod
+    def of(cls, source: Checkpoint, units: Sequence[str]) -> "Collator":
+        """The collator of a checkpoint and its CTC units."""
+        unit_ids = {unit: number for number, unit in enumerate(units, start=1)}
+        return cls(source.rules, unit_ids, source.config.num_mels, source.config.merge_factor)
 
     def example(self, utterance: Utterance, augmentation: Augmentation, rng: np.random.Generator) -> Example:
-        """One augmented utterance; its log-mel is [M, F]."""
-        samples = augmentation.waveform(utterance.waveform(), rng)[: self.max_clip_samples]
+        """One augmented utterance; its log-mel is [M, F].
+
+        Raises:
+            AudioError: the audio cannot be read or is longer than the encoder takes, whatever the manifest says.
+        """
+        clean = utterance.waveform()
+        longest = MAX_CLIP_S * SAMPLE_RATE
+        if len(clean) > longest:
+            raise AudioError(
+                f"{utterance.audio}: {len(clean) / SAMPLE_RATE:.1f} s, its record says {utterance.duration_s}"
+            )
+        samples = augmentation.waveform(clean, rng)
+        if len(samples) > longest:  # slowed or padded beyond the limit: cutting it would leave text without audio
+            samples = clean
         samples = np.pad(samples, (0, max(0, audio.HOP_SAMPLES - len(samples))))
         mel = augmentation.mel(audio.log_mel(samples, self.num_mels), rng)
         prompt = self.rules.prompt_ids(audio.num_audio_tokens(len(samples), self.merge_factor))
@@ -169,16 +189,26 @@ def buckets(durations_s: Sequence[float], *, batch_s: float, seed: int, epoch: i
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class _Examples(Dataset[Example]):
+class _Examples(Dataset[Example | ArkASRError]):
+    """Examples by key. An error is returned, not raised, because a worker's traceback is no one-line message."""
+
     def __init__(
         self, utterances: Sequence[Utterance], collator: Collator, augmentation: Augmentation, seed: int
     ) -> None:
         self.utterances, self.collator, self.augmentation, self.seed = utterances, collator, augmentation, seed
 
-    def __getitem__(self, key: Key) -> Example:
+    def __getitem__(self, key: Key) -> Example | ArkASRError:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        return self.collator.example(self.utterances[index], self.augmentation, rng)
+        try:
+            return self.collator.example(self.utterances[index], self.augmentation, rng)
+        except ArkASRError as error:
+            return error
+
+    def collate(self, examples: Sequence[Example | ArkASRError]) -> Batch | ArkASRError:
+        good = [example for example in examples if not isinstance(example, ArkASRError)]
+        errors = [example for example in examples if isinstance(example, ArkASRError)]
+        return errors[0] if errors else self.collator.collate(good)
 
 
 class _Keys:
@@ -207,12 +237,20 @@ def stream(
     start: int,
     workers: int,
 ) -> Iterator[Batch]:
-    """Endless batches of the training data, from batch number `start` on, made by `workers` processes."""
+    """Endless batches of the training data, from batch number `start` on, made by `workers` processes.
+
+    Raises:
+        AudioError: an utterance cannot be read.
+    """
+    examples = _Examples(utterances, collator, augmentation, seed)
     durations_s = [utterance.duration_s for utterance in utterances]
     loader = DataLoader(
-        _Examples(utterances, collator, augmentation, seed),
+        examples,
         batch_sampler=_Keys(durations_s, batch_s=batch_s, seed=seed, start=start),
-        collate_fn=collator.collate,
+        collate_fn=examples.collate,
         num_workers=workers,
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, ArkASRError):
+            raise batch
+        yield batch

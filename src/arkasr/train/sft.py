@@ -19,12 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arkasr import audio, checkpoint, metrics, model
+from arkasr import checkpoint, metrics, model
+from arkasr.checkpoint import Checkpoint
+from arkasr.config import MAX_CLIP_S
 from arkasr.data import Utterance, read_manifest
 from arkasr.engines import DecodeOptions
 from arkasr.engines.pytorch import PyTorchEngine, pad_mels
 from arkasr.errors import UsageError
 from arkasr.model import ArkASR
+from arkasr.text import TextRules
 from arkasr.train import loop, losses
 from arkasr.train.batches import Augmentation, Batch, Collator, ctc_units, stream
 
@@ -94,19 +97,33 @@ class Trainee(nn.Module):
         self.network = network
         self.ctc = nn.Linear(network.config.encoder_dim, num_units + 1)
 
-    def forward(self, batch: Batch, *, decode: bool) -> tuple[Tensor, Tensor]:
-        """Summed CTC and cross-entropy losses of a batch; the second is 0 unless `decode`."""
+    def forward(self, batch: Batch, weights: "Weights") -> tuple[Tensor, Tensor]:
+        """Summed CTC and cross-entropy losses of a batch; one without weight is not computed, and 0."""
+        network, nothing = self.network, self.ctc.bias.new_zeros(())
         num_frames = (batch.num_frames + 1) // 2
-        frames = self.network.encoder(batch.mel, batch.num_frames)
-        ctc_logits = self.ctc(self.network.adapter.norm(frames))
-        ctc = losses.ctc_sum(ctc_logits, num_frames, batch.units, batch.num_units)
-        if not decode:
-            return ctc, ctc.new_zeros(())
-        x = self.network.embed(batch.ids, self.network.adapter(frames, num_frames))
-        hidden = self.network.decoder(x, torch.arange(batch.ids.shape[1], device=x.device).expand_as(batch.ids))
-        trained = batch.labels != losses.IGNORE
-        logits = self.network.decoder.logits(hidden[trained])
-        return ctc, losses.cross_entropy_sum(logits[None], batch.labels[trained][None])
+        frames = network.encoder(batch.mel, batch.num_frames)
+        ctc, ce = nothing, nothing
+        if weights.ctc:
+            ctc = losses.ctc_sum(self.ctc(network.adapter.norm(frames)), num_frames, batch.units, batch.num_units)
+        if weights.ce:
+            x = network.embed(batch.ids, network.adapter(frames, num_frames))
+            hidden = network.decoder(x, torch.arange(batch.ids.shape[1], device=x.device).expand_as(batch.ids))
+            trained = batch.labels != losses.IGNORE
+            ce = losses.cross_entropy_sum(network.decoder.logits(hidden[trained])[None], batch.labels[trained][None])
+        return ctc, ce
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each loss counts in one update."""
+
+    ctc: float
+    ce: float
+
+    @classmethod
+    def at(cls, step: int, config: Config) -> "Weights":
+        """CTC alone for the first `ctc_only_steps`, then both."""
+        return cls(ctc=1.0, ce=0.0) if step < config.ctc_only_steps else cls(ctc=config.ctc_weight, ce=1.0)
 
 
 def main(config: Config) -> None:
@@ -115,25 +132,17 @@ def main(config: Config) -> None:
     Raises:
         UsageError: a manifest is bad, or the folder holds a run of another configuration.
     """
-    device = torch.device(config.device)
+    if config.max_duration_s > MAX_CLIP_S:
+        raise UsageError(f"max_duration_s is {config.max_duration_s}; the encoder takes at most {MAX_CLIP_S} s")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     source = checkpoint.open_checkpoint(config.model)
     utterances = _read(config)
     units = _units(source.folder, utterances)
-    trainee = Trainee(model.load(source), len(units))
-    trainee.requires_grad_(True)
-    trainee.network.encoder.positions.requires_grad_(not source.config.use_rope)
-    _load_ctc_head(source.folder, trainee)
-    trainee.to(device).train()
-    collator = Collator(
-        source.rules,
-        {unit: number for number, unit in enumerate(units, start=1)},
-        source.config.num_mels,
-        source.config.merge_factor,
-        30 * audio.SAMPLE_RATE,
-    )
+    device = torch.device(config.device)
+    trainee = _trainee(source, len(units)).to(device).train()
+    collator = Collator.of(source, units)
     optimizer = loop.adamw(trainee, weight_decay=config.weight_decay)
     schedule = loop.Schedule(config.lr, config.warmup_steps, config.steps)
     average = loop.MovingAverage(trainee, decay=config.average)
@@ -145,19 +154,16 @@ def main(config: Config) -> None:
 
     seen = _Seen()
     for step in range(first, config.steps):
-        decode = step >= config.ctc_only_steps
+        weights = Weights.at(step, config)
         pieces = [next(batches).to(device) for _ in range(config.accumulate)]
+        num_units = sum(int(piece.num_units.sum()) for piece in pieces)
         num_targets = sum(int((piece.labels != losses.IGNORE).sum()) for piece in pieces)
-        num_ctc = sum(int(piece.num_units.sum()) for piece in pieces)
         for piece in pieces:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                ctc, ce = trainee(piece, decode=decode)
+                ctc, ce = trainee(piece, weights)
             # Means over the whole update, so that accumulation 4 x 1 equals 1 x 4.
-            loss = (config.ctc_weight if decode else 1.0) * ctc / max(num_ctc, 1) + ce / num_targets
-            loss.backward()
+            (weights.ctc * ctc / max(num_units, 1) + weights.ce * ce / num_targets).backward()
             seen.add(ctc, ce, piece)
-        seen.num_ctc += num_ctc
-        seen.num_targets += num_targets if decode else 0
         norm = loop.gradient_norm(trainee.parameters(), limit=config.clip)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step)
@@ -171,7 +177,7 @@ def main(config: Config) -> None:
             seen = _Seen()
         if config.eval and (done % config.eval_every == 0 or done == config.steps):
             average.swap(trainee)
-            scores = _evaluate(trainee, source.rules, collator, config, decode=decode)
+            scores = _evaluate(trainee, source.rules, collator, config.eval, write=bool(weights.ce))
             average.swap(trainee)
             loop.log(config.out, {"step": done, **scores})
             print(f"step {done}: {scores}", file=sys.stderr, flush=True)
@@ -184,7 +190,7 @@ class _Seen:
     """Sums between two lines of the metrics file."""
 
     ctc: float = 0.0
-    num_ctc: int = 0
+    num_units: int = 0
     ce: float = 0.0
     num_targets: int = 0
     audio_s: float = 0.0
@@ -193,12 +199,14 @@ class _Seen:
     def add(self, ctc: Tensor, ce: Tensor, batch: Batch) -> None:
         self.ctc += float(ctc.detach())
         self.ce += float(ce.detach())
+        self.num_units += int(batch.num_units.sum())
+        self.num_targets += int((batch.labels != losses.IGNORE).sum())
         self.audio_s += float(batch.num_frames.sum()) / 100
 
     def means(self) -> dict[str, float]:
         elapsed_s = time.perf_counter() - self.started
         return {
-            "ctc": round(self.ctc / max(self.num_ctc, 1), 4),
+            "ctc": round(self.ctc / max(self.num_units, 1), 4),
             "ce": round(self.ce / max(self.num_targets, 1), 4),
             "audio_s_per_s": round(self.audio_s / elapsed_s, 1),
         }
@@ -235,9 +243,14 @@ def _units(folder: Path, utterances: Sequence[Utterance]) -> list[str]:
     return sorted(needed)
 
 
-def _load_ctc_head(folder: Path, trainee: Trainee) -> None:
-    if (folder / CTC_HEAD).exists():
-        trainee.ctc.load_state_dict(load_file(folder / CTC_HEAD))
+def _trainee(source: Checkpoint, num_units: int) -> Trainee:
+    """The checkpoint's network in float32, all of it to be trained, and the CTC head that lies beside it, if any."""
+    trainee = Trainee(model.load(source), num_units)
+    trainee.requires_grad_(True)
+    trainee.network.encoder.positions.requires_grad_(not source.config.use_rope)
+    if (source.folder / CTC_HEAD).exists():
+        trainee.ctc.load_state_dict(load_file(source.folder / CTC_HEAD))
+    return trainee
 
 
 def _start(config: Config, trainee: Trainee, optimizer: torch.optim.Optimizer, average: loop.MovingAverage) -> int:
@@ -293,12 +306,13 @@ def _save(
 
 
 @torch.inference_mode()
-def _evaluate(trainee: Trainee, rules: Any, collator: Collator, config: Config, *, decode: bool) -> dict[str, float]:
+def _evaluate(
+    trainee: Trainee, rules: TextRules, collator: Collator, manifest: str, *, write: bool
+) -> dict[str, float]:
     """Unit error rate of the CTC head and, once the decoder is trained, WER of the recognizer."""
-    assert config.eval is not None
     trainee.eval()
     engine = PyTorchEngine(trainee.network, rules)
-    utterances = sorted(_manifest(config.eval), key=lambda u: u.duration_s)
+    utterances = sorted(_manifest(manifest), key=lambda u: u.duration_s)
     pairs: list[tuple[str, str]] = []
     unit_pairs: list[tuple[str, str]] = []
     names = {number: unit for unit, number in collator.unit_ids.items()}
@@ -310,11 +324,11 @@ def _evaluate(trainee: Trainee, rules: Any, collator: Collator, config: Config, 
         paths = losses.ctc_greedy(trainee.ctc(trainee.network.adapter.norm(frames)), (num_frames + 1) // 2)
         for utterance, path in zip(group, paths, strict=True):
             unit_pairs.append((" ".join(ctc_units(utterance)), " ".join(names[number] for number in path)))
-        if decode:
+        if write:
             for utterance, generation in zip(group, engine.generate(waveforms, DecodeOptions()), strict=True):
                 pairs.append((utterance.text, rules.to_text(list(generation.ids))))
     trainee.train()
     scores = {"eval_units": round(metrics.corpus_word_errors(unit_pairs).rate, 4)}
-    if decode:
+    if write:
         scores["eval_wer"] = round(metrics.corpus_word_errors(pairs).rate, 4)
     return scores
