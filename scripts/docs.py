@@ -44,7 +44,8 @@ def tiny_table() -> str:
     where = "{cpus} cores ({processor})".format_map(measured["hardware"])
     rows.append(
         f"\nA 4 s clip from a cold start, interpreter and PyTorch included: {cold_s:.1f} s. Measured by\n"
-        f"`bench/tiny.py` on {where}: [{path.name}](bench/results/{path.name}).\nRTFx is seconds of audio a second of wall time."
+        f"`bench/tiny.py` on {where}: [{path.name}](bench/results/{path.name}).\n"
+        "RTFx is seconds of audio a second of wall time."
     )
     return "\n".join(rows)
 

@@ -1,4 +1,7 @@
+import tempfile
+
 import numpy as np
+import soundfile
 
 import arkasr
 from conftest import MakeCheckpoint
@@ -21,3 +24,14 @@ def test_one_clip_or_many_lazily(make_checkpoint: MakeCheckpoint) -> None:
     first = next(many)
     assert drawn == 2
     assert [first, *many][2].text == transcriber.transcribe(clips[2]).text
+
+
+def test_a_named_temporary_file_is_one_clip(make_checkpoint: MakeCheckpoint) -> None:
+    """It is no io.IOBase, and its lines were once taken for file names."""
+    transcriber = arkasr.load_model(make_checkpoint())
+    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+        soundfile.write(file, np.zeros(8_000), 16_000, format="WAV")
+        file.seek(0)
+        transcript = transcriber.transcribe(file)
+    assert isinstance(transcript, arkasr.Transcript)
+    assert transcript.duration_s == 0.5
