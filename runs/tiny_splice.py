@@ -1,9 +1,9 @@
 """Cuts the AN4 training clips into words and joins words of one speaker anew: real speech that cannot be guessed.
 
-    python runs/tiny_splice.py WORK_FOLDER MODEL_FOLDER
+    python runs/tiny_splice.py MANIFEST MODEL TARGET
 
-MODEL_FOLDER is a trained model with its CTC head, which aligns the phones. Writes WORK_FOLDER/words.jsonl (single
-words, as pieces of the AN4 files) and WORK_FOLDER/spliced.jsonl with its audio. Everything follows from SEED.
+MODEL is a trained model with its CTC head, which aligns the phones. Writes TARGET/words.jsonl (single words, as pieces
+of the AN4 files) and TARGET/spliced.jsonl with its audio. Everything follows from SEED.
 """
 
 import json
@@ -99,9 +99,9 @@ def joined(pieces: list[Waveform], room: Waveform, rng: random.Random) -> Wavefo
     return np.concatenate(parts)
 
 
-def main(work: Path, folder: Path) -> None:
+def main(manifest: Path, folder: Path, work: Path) -> None:
     torch.set_num_threads(1)
-    utterances = list(read_manifest(work / "an4.jsonl"))
+    utterances = list(read_manifest(manifest))
     words: list[dict[str, object]] = []
     by_speaker: dict[str, list[tuple[str, Waveform]]] = defaultdict(list)
     rooms: dict[str, Waveform] = {}
@@ -122,7 +122,7 @@ def main(work: Path, folder: Path) -> None:
             })  # fmt: skip
     write_manifest(work / "words.jsonl", words)
     target = work / "spliced"
-    target.mkdir(exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
     records: list[dict[str, object]] = []
     speakers = sorted(by_speaker)
@@ -142,4 +142,4 @@ def main(work: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:4]))

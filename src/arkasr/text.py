@@ -6,7 +6,9 @@ Unusual: there is no system turn, newline or BOS, and the instruction is not opt
 weights stop at once. Every id is looked up by its string, so a checkpoint with another vocabulary works unchanged.
 """
 
+import json
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +73,10 @@ class TextRules:
 
     def to_text(self, ids: list[int]) -> str:
         """Transcript of generated ids: cut at the first turn token, white space folded, leading punctuation dropped."""
-        text = self._tokenizer.decode(ids, skip_special_tokens=False)
-        for token in CUT_AT:
+        cut_ids = {self._ids[token] for token in CUT_AT}
+        text = self._tokenizer.decode(list(takewhile(lambda token_id: token_id not in cut_ids, ids)))
+        for token in CUT_AT:  # also where it was spelled with ordinary tokens
             text = text.split(token, 1)[0]
-        for token in {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}:
-            text = text.replace(token, "")
         return " ".join(text.split()).lstrip(LEADING_JUNK)
 
     def _allowed(self) -> npt.NDArray[np.bool_]:
@@ -122,8 +123,6 @@ def load(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...], audio
 
 def _from_vocab(folder: Path) -> Tokenizer:
     """Qwen2's tokenizer from its older three files."""
-    import json
-
     tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     configure_byte_level(tokenizer)
     added_path = folder / "added_tokens.json"
