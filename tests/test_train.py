@@ -17,7 +17,9 @@ from arkasr.train.batches import Augmentation, Collator, buckets, stream
 from conftest import MakeCheckpoint
 
 SPOKEN = {"low": 300, "mid": 900, "high": 2500, "low high": 300}
-ALL_AUGMENTATION = Augmentation(speed=0.1, gain_db=6, noise=1.0, narrow=0.5, pad_s=0.1, time_masks=2, frequency_masks=2)
+ALL_AUGMENTATION = Augmentation(
+    speed=0.1, gain_db=6, noise=1.0, narrow=0.5, tilt=0.5, trim=0.5, pad_s=0.1, time_masks=2, frequency_masks=2
+)
 
 
 @pytest.fixture
