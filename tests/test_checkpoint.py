@@ -92,6 +92,17 @@ def test_round_trip_is_byte_identical(
     assert sorted(path.name for path in again.iterdir()) == ["config.json", WEIGHTS]
 
 
+def test_saved_files_are_as_readable_as_any(make_checkpoint: MakeCheckpoint) -> None:
+    """A model that root installed once could be read by nobody else."""
+    folder = make_checkpoint()
+    (folder / "other").touch()
+    assert (
+        (folder / WEIGHTS).stat().st_mode
+        == (folder / "config.json").stat().st_mode
+        == (folder / "other").stat().st_mode
+    )
+
+
 def test_shards_load_as_one_file_does(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint(tied_embeddings=False)
     whole = state_of(folder)

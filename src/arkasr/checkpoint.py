@@ -124,7 +124,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename, so that `path` is always complete or as it was."""
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors writes files that only their owner may read
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
