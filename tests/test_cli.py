@@ -261,3 +261,23 @@ def test_samples_reach_the_network_as_they_were(run: Run, model: Path, tmp_path:
         (tmp_path / name).write_bytes(encoded(np.round(samples * 2**15) / 2**15, kind=kind))
         lines.add(tuple(run("transcribe", tmp_path / name, "--model", model, *FEW)[1]))
     assert len(lines) == 1
+
+
+def test_text_goes_to_stdout_also_beside_a_progress_bar() -> None:
+    """With standard error on a terminal the bar once carried the text away with it, and `> out.txt` stayed empty."""
+    import pty
+
+    clip = str(Path(__file__).parents[1] / "examples" / "audio" / "an4-rubout.flac")
+    terminal, end = pty.openpty()
+    program = str(Path(sys.executable).with_name("ark-asr"))
+    command = [program, "transcribe", clip, clip, clip, "--model", "tiny", "--batch-size", "1"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, env=environment, text=True) as process:
+        os.close(end)
+        assert process.stdout is not None
+        assert process.stdout.read() == "RUBOUT G M E F THREE NINE\n" * 3
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert process.returncode == 0
+    assert "transcribing" in shown
+    assert "RUBOUT" not in shown

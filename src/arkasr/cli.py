@@ -3,11 +3,11 @@
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -107,7 +107,7 @@ def transcribe(
     transcriber = load_model(model or "tiny", engine=engine.value, device=device, dtype=dtype.value)
     failed = 0
     outcomes = transcriber.outcomes(files, options=options, batch_size=batch_size)
-    with _progress(len(files)) as advance:
+    with _progress(len(files), text_on_terminal=output_dir is None and sys.stdout.isatty()) as advance:
         for source, outcome in outcomes:
             name = str(source)
             failed += isinstance(outcome, ArkASRError)
@@ -160,8 +160,8 @@ def _deliver(outcome: Transcript | ArkASRError, name: str, target: Path | None, 
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar on standard error, for a person and many files only."""
+def _progress(total: int, *, text_on_terminal: bool) -> Iterator[Callable[[], None]]:
+    """A bar on standard error for many files, if a person watches and the text does not itself show how far it is."""
     console = Console(stderr=True)
     columns = (
         TextColumn("transcribing"),
@@ -170,7 +170,9 @@ def _progress(total: int) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=total < 2 or not console.is_terminal, transient=True) as bar:
+    off = total < 2 or not console.is_terminal or text_on_terminal
+    # rich would send our text, too, to its own console, which is standard error.
+    with Progress(*columns, console=console, disable=off, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task("transcribing", total=total)
         yield lambda: bar.advance(task)
 

@@ -32,10 +32,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F
 
 
 def rope_angles(positions: Tensor, num_dims: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cos and sin of position * theta^(-2i / num_dims), [..., num_dims / 2], float32 (RoFormer, arXiv 2104.09864)."""
-    exponents = torch.arange(0, num_dims, 2, device=positions.device, dtype=torch.float32) / num_dims
-    angles = positions.float()[..., None] * theta**-exponents
-    return angles.cos(), angles.sin()
+    """Cos and sin of position * theta^(-2i / num_dims), [..., num_dims / 2], float32 (RoFormer, arXiv 2104.09864).
+
+    The angles are float64: in float32 half a unit in the last place is already 6e-5 radians at 30 s of frames.
+    """
+    exponents = torch.arange(0, num_dims, 2, device=positions.device, dtype=torch.float64) / num_dims
+    angles = positions.double()[..., None] * theta**-exponents
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
