@@ -29,6 +29,7 @@ from tiny_data import SEED, word_phones, write_manifest
 NUM_SPLICED = 6000
 FRAME_S = 0.02
 FADE_SAMPLES = 160
+Word = tuple[str, Waveform]
 
 
 def best_path(logprobs: npt.NDArray[np.float32], units: list[int]) -> list[int]:
@@ -99,11 +100,21 @@ def joined(pieces: list[Waveform], room: Waveform, rng: random.Random) -> Wavefo
     return np.concatenate(parts)
 
 
+def with_doubles(chosen: list[Word], spoken: list[Word], rng: random.Random) -> list[Word]:
+    """The words with every fifth replaced by the one before it, said another time if it was: names have such pairs."""
+    result = chosen[:1]
+    for word in chosen[1:]:
+        same = [other for other in spoken if other[0] == result[-1][0]]
+        result.append(rng.choice(same) if rng.random() < 0.2 else word)
+    return result
+
+
 def main(manifest: Path, folder: Path, work: Path) -> None:
     torch.set_num_threads(1)
+    work.mkdir(parents=True, exist_ok=True)
     utterances = list(read_manifest(manifest))
     words: list[dict[str, object]] = []
-    by_speaker: dict[str, list[tuple[str, Waveform]]] = defaultdict(list)
+    by_speaker: dict[str, list[Word]] = defaultdict(list)
     rooms: dict[str, Waveform] = {}
     for utterance, times in zip(utterances, align(utterances, folder), strict=True):
         samples = utterance.waveform()
@@ -122,13 +133,15 @@ def main(manifest: Path, folder: Path, work: Path) -> None:
             })  # fmt: skip
     write_manifest(work / "words.jsonl", words)
     target = work / "spliced"
-    target.mkdir(parents=True, exist_ok=True)
+    target.mkdir(exist_ok=True)
     rng = random.Random(SEED)
     records: list[dict[str, object]] = []
     speakers = sorted(by_speaker)
     for index in range(NUM_SPLICED):
         speaker = rng.choice(speakers)
-        chosen = rng.choices(by_speaker[speaker], k=rng.choice([2, 3, 4, 5, 6, 8]))
+        chosen = with_doubles(
+            rng.choices(by_speaker[speaker], k=rng.choice([2, 3, 4, 5, 6, 8])), by_speaker[speaker], rng
+        )
         samples = joined([piece for _, piece in chosen], rooms[speaker], rng)
         path = target / f"{index:05}.flac"
         soundfile.write(path, samples, SAMPLE_RATE)

@@ -51,17 +51,18 @@ class PyTorchEngine:
     @torch.inference_mode()
     def generate(self, waveforms: Sequence[Waveform], options: DecodeOptions) -> list[Generation]:
         """Recognize a batch; see `Engine.generate`."""
-        started = time.perf_counter()
+        device = self.network.decoder.embed.weight.device
+        started = _now(device)
         mel, num_frames = pad_mels(waveforms, self.network)
-        mel_done = time.perf_counter()
+        mel_done = _now(device)
         embeddings = self.network.encode(mel, num_frames)
-        encoded = time.perf_counter()
+        encoded = _now(device)
         rows = _Rows(self, waveforms, options)
         logits = rows.prefill(embeddings)
-        prefilled = time.perf_counter()
+        prefilled = _now(device)
         while rows.take(logits):
             logits = rows.step()
-        done = time.perf_counter()
+        done = _now(device)
         timings_s = {
             "log_mel": mel_done - started,
             "encoder": encoded - mel_done,
@@ -69,6 +70,13 @@ class PyTorchEngine:
             "decode": done - prefilled,
         }
         return rows.generations(timings_s)
+
+
+def _now(device: torch.device) -> float:
+    """Wall clock after the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def pad_mels(waveforms: Sequence[Waveform], network: ArkASR) -> tuple[Tensor, Tensor]:
