@@ -51,15 +51,6 @@ ark-asr train sft --model "$work/polish/model" --out "$work/final" --eval "$work
   --steps 4500 --lr 5.5e-4 --warmup-steps 100 --ctc-weight 0.4 --average 0.999 --batch-s 24 \
   --max-duration-s 12 --bf16 --speed 0.12 --gain-db 14 --noise 0.3 --narrow 0.4 --tilt 0.6 --trim 0.4 --pad-s 0.3
 
-# 6. Words joined anew once more, with every fifth said twice: what was left were the doubled letters of names.
-[ -e "$work/doubled/spliced.jsonl" ] || python runs/tiny_splice.py "$work/an4.jsonl" "$work/final/model" "$work/doubled"
-ark-asr train sft --model "$work/final/model" --out "$work/doubles" --eval "$work/an4_test.jsonl" \
-  --train "$work/synthetic_half.jsonl" --train "$work/short.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" \
-  --train "$work/an4.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" \
-  --train "$work/doubled/spliced.jsonl" --train "$work/doubled/words.jsonl" --train "$work/doubled/words.jsonl" \
-  --steps 2400 --lr 3e-4 --warmup-steps 100 --ctc-weight 0.4 --average 0.998 --batch-s 24 \
-  --max-duration-s 12 --bf16 --speed 0.12 --gain-db 14 --noise 0.3 --narrow 0.4 --tilt 0.6 --trim 0.4 --pad-s 0.3
-
-# 7. Ship it in bfloat16, and measure.
-python runs/tiny_ship.py "$work/doubles/model"
+# 6. Ship it in bfloat16, and measure.
+python runs/tiny_ship.py "$work/final/model"
 python bench/tiny.py "$speech"

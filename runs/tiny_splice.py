@@ -100,15 +100,6 @@ def joined(pieces: list[Waveform], room: Waveform, rng: random.Random) -> Wavefo
     return np.concatenate(parts)
 
 
-def with_doubles(chosen: list[Word], spoken: list[Word], rng: random.Random) -> list[Word]:
-    """The words with every fifth replaced by the one before it, said another time if it was: names have such pairs."""
-    result = chosen[:1]
-    for word in chosen[1:]:
-        same = [other for other in spoken if other[0] == result[-1][0]]
-        result.append(rng.choice(same) if rng.random() < 0.2 else word)
-    return result
-
-
 def main(manifest: Path, folder: Path, work: Path) -> None:
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
@@ -139,9 +130,7 @@ def main(manifest: Path, folder: Path, work: Path) -> None:
     speakers = sorted(by_speaker)
     for index in range(NUM_SPLICED):
         speaker = rng.choice(speakers)
-        chosen = with_doubles(
-            rng.choices(by_speaker[speaker], k=rng.choice([2, 3, 4, 5, 6, 8])), by_speaker[speaker], rng
-        )
+        chosen = rng.choices(by_speaker[speaker], k=rng.choice([2, 3, 4, 5, 6, 8]))
         samples = joined([piece for _, piece in chosen], rooms[speaker], rng)
         path = target / f"{index:05}.flac"
         soundfile.write(path, samples, SAMPLE_RATE)
