@@ -2,14 +2,12 @@
 
     python runs/tiny_data.py SPEECH_FOLDER WORK_FOLDER
 
-Reads the AN4 train split and the CC0 folder kathleen_arctic; speaks random phrases of the domain with Debian's
-espeak-ng and flite (both must be installed). Phones, the targets of the auxiliary CTC head, come from flite.
-Everything follows from SEED.
+Reads AN4; speaks random phrases of the domain with Debian's espeak-ng and flite (both must be installed). Phones, the
+targets of the auxiliary CTC head, come from flite. Everything follows from SEED.
 """
 
 import json
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,19 +200,6 @@ def an4(speech: Path, split: str) -> Iterator[dict[str, object]]:
         }
 
 
-def kathleen(speech: Path) -> Iterator[dict[str, object]]:
-    for u in read_manifest(speech / "kathleen_arctic/manifest.jsonl", split="train"):
-        said = re.sub(r"[^A-Za-z' ]+", " ", u.text)
-        units = " ".join(flite_phones(said))
-        yield {
-            "audio": str(u.audio.resolve()),
-            "text": u.text,
-            "units": units,
-            "duration": u.duration_s,
-            "language": "en",
-        }
-
-
 def tokenizer(phrases: list[str]) -> Tokenizer:
     """A byte-level BPE like Qwen2's, small, with the same added tokens by name; common words become one token."""
     bpe = Tokenizer(models.BPE())
@@ -260,7 +245,6 @@ def main(speech: Path, work: Path) -> None:
         word_phones(word)
     write_manifest(work / "an4.jsonl", an4(speech, "train"))
     write_manifest(work / "an4_test.jsonl", an4(speech, "test"))
-    write_manifest(work / "kathleen.jsonl", kathleen(speech))
     with ThreadPoolExecutor(2) as pool:
         records = list(pool.map(lambda index: speak(folder, index), range(NUM_SYNTHETIC + NUM_SHORT)))
     write_manifest(work / "synthetic.jsonl", records[:NUM_SYNTHETIC])
