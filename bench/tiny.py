@@ -7,7 +7,6 @@ SPEECH_FOLDER holds an4/ and fsdd/ with their manifest.jsonl. MODEL is a name or
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import arkasr
 from arkasr import metrics
 from arkasr.data import read_manifest
+from arkasr.train import loop
 
 ROOT = Path(__file__).parents[1]
 CLIP = ROOT / "examples" / "audio" / "an4-rubout.flac"  # 4.0 s
@@ -64,28 +64,19 @@ def main(speech: Path, model: str) -> None:
         )
     cold = cold_start_s(model)
     print(f"cold start, 4 s clip: median {statistics.median(cold)} s of {cold}")
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     record = {
         "what": "tiny",
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "processor": cpu_name()},
-        "versions": {name: version(name) for name in ("arkasr", "torch", "numpy", "tokenizers")},
+        **loop.provenance(),
+        **{name: version(name) for name in ("numpy", "tokenizers")},
         "sets": sets,
         "cold_start_s": cold,
     }
-    target = ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-cpu2-tiny.json"
+    target = ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-cpu{os.cpu_count()}-tiny.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
     print(target.relative_to(ROOT))
-
-
-def cpu_name() -> str:
-    """The processor's own name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

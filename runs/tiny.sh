@@ -10,10 +10,10 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[train]"
 PATH="$PWD/.venv/bin:$PATH"
-command -v espeak-ng flite > /dev/null || { apt-get update -qq && apt-get install -y -qq espeak-ng flite; }
+{ command -v espeak-ng && command -v flite; } > /dev/null || { apt-get update -qq && apt-get install -y -qq espeak-ng flite; }
 export OPENBLAS_NUM_THREADS=1 # one batch worker beside two training threads
 
-[ -e "$work/start/model.safetensors" ] || python runs/tiny_data.py "$speech" "$work"
+[ -e "$work/start/tokenizer.json" ] || python runs/tiny_data.py "$speech" "$work"
 
 # 1. Learn to hear: CTC alone, short clean clips, until it is well off its plateau.
 ark-asr train sft --model "$work/start" --out "$work/hear" --eval "$work/an4_test.jsonl" \
@@ -32,9 +32,9 @@ ark-asr train sft --model "$work/hear/model" --out "$work/write" --eval "$work/a
   --max-duration-s 12 --bf16 --speed 0.1 --gain-db 8 --noise 0.4 --narrow 0.25 --pad-s 0.3 --frequency-masks 2
 
 # 4. A decoder of twice the layers keeps its place better; words cut by the better ear, and tightly cut short clips.
-[ -e "$work/grown/model.safetensors" ] || python runs/tiny_grow.py "$work/write/model" "$work/grown"
+[ -e "$work/grown/ctc_head.safetensors" ] || python runs/tiny_grow.py "$work/write/model" "$work/grown"
 [ -e "$work/grown/spliced.jsonl" ] || python runs/tiny_splice.py "$work/an4.jsonl" "$work/write/model" "$work/grown"
-[ -e "$work/synthetic_half.jsonl" ] || head -n 4500 "$work/synthetic.jsonl" > "$work/synthetic_half.jsonl"
+head -n 4500 "$work/synthetic.jsonl" > "$work/synthetic_half.jsonl"
 ark-asr train sft --model "$work/grown" --out "$work/polish" --eval "$work/an4_test.jsonl" \
   --train "$work/synthetic_half.jsonl" --train "$work/short.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" \
   --train "$work/an4.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" --train "$work/an4.jsonl" \

@@ -122,6 +122,11 @@ def word_phones(word: str) -> tuple[str, ...]:
     return tuple(flite_phones(spoken([word], random.Random(0)).replace(",", "")))
 
 
+def phrase_units(words: list[str]) -> str:
+    """The manifest's `units` of a phrase."""
+    return " ".join(phone for word in words for phone in word_phones(word))
+
+
 def trimmed(samples: Waveform) -> Waveform:
     """Without the silence around it, but 20 ms."""
     loud = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
@@ -173,7 +178,7 @@ def speak(folder: Path, index: int) -> dict[str, object]:
     samples = soxr.resample(samples, rate, audio.SAMPLE_RATE)
     samples = trimmed(samples) if short else samples
     soundfile.write(final, samples, audio.SAMPLE_RATE)
-    units = " ".join(phone for word in words for phone in word_phones(word))
+    units = phrase_units(words)
     return {
         "audio": str(final.resolve()), "text": " ".join(words), "units": units, "speaker": voice, "language": "en",
         "duration": round(len(samples) / audio.SAMPLE_RATE, 3), "source": "espeak-ng, flite (synthetic)",
@@ -190,7 +195,7 @@ def write_manifest(path: Path, records: Iterator[dict[str, object]] | list[dict[
 
 def an4(speech: Path, split: str) -> Iterator[dict[str, object]]:
     for u in read_manifest(speech / "an4/manifest.jsonl", split=split):
-        units = " ".join(phone for word in u.text.split() for phone in word_phones(word))
+        units = phrase_units(u.text.split())
         yield {
             "audio": str(u.audio.resolve()),
             "text": u.text,

@@ -6,7 +6,6 @@ MODEL is a trained model with its CTC head, which aligns the phones. Writes TARG
 of the AN4 files) and TARGET/spliced.jsonl with its audio. Everything follows from SEED.
 """
 
-import json
 import random
 import sys
 from collections import defaultdict
@@ -17,14 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 import torch
-from safetensors import safe_open
 
-from arkasr import checkpoint, model
+from arkasr import checkpoint
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.data import Utterance, read_manifest
 from arkasr.engines.pytorch import pad_mels
-from arkasr.train.sft import CTC_HEAD
-from tiny_data import SEED, word_phones, write_manifest
+from arkasr.train.sft import load_trainee, read_units
+from tiny_data import SEED, phrase_units, word_phones, write_manifest
 
 NUM_SPLICED = 6000
 FRAME_S = 0.02
@@ -69,18 +67,16 @@ def word_times(frames: list[int], counts: list[int], duration_s: float) -> list[
 
 def align(utterances: list[Utterance], folder: Path) -> list[list[tuple[float, float]]]:
     """Times of the words of each utterance."""
-    network = model.load(checkpoint.open_checkpoint(folder))
-    with safe_open(folder / CTC_HEAD, framework="pt") as file:
-        unit_ids = {unit: n for n, unit in enumerate(json.loads(file.metadata()["units"]), start=1)}
-        weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+    units_of_head = read_units(folder)
+    unit_ids = {unit: n for n, unit in enumerate(units_of_head, start=1)}
+    trainee = load_trainee(checkpoint.open_checkpoint(folder), len(units_of_head))
     times = []
     for utterance in utterances:
         words = utterance.text.split()
         units = [unit_ids[phone] for word in words for phone in word_phones(word)]
-        mel, num_frames = pad_mels([utterance.waveform()], network)
+        mel, num_frames = pad_mels([utterance.waveform()], trainee.network)
         with torch.inference_mode():
-            frames = network.adapter.norm(network.encoder(mel, num_frames))[0]
-            logprobs = torch.nn.functional.linear(frames, weight, bias).log_softmax(-1).numpy()
+            logprobs = trainee.ctc_logits(trainee.network.encoder(mel, num_frames))[0].log_softmax(-1).numpy()
         counts = [len(word_phones(word)) for word in words]
         times.append(word_times(best_path(logprobs, units), counts, utterance.duration_s))
     return times
@@ -119,7 +115,7 @@ def main(manifest: Path, folder: Path, work: Path) -> None:
                 continue
             by_speaker[speaker].append((word, piece))
             words.append({
-                "audio": str(utterance.audio), "text": word, "units": " ".join(word_phones(word)), "language": "en",
+                "audio": str(utterance.audio), "text": word, "units": phrase_units([word]), "language": "en",
                 "begin_time": round(begin_s, 3), "end_time": round(end_s, 3), "duration": round(end_s - begin_s, 3),
             })  # fmt: skip
     write_manifest(work / "words.jsonl", words)
@@ -137,7 +133,7 @@ def main(manifest: Path, folder: Path, work: Path) -> None:
         text = [word for word, _ in chosen]
         records.append({
             "audio": str(path.resolve()), "text": " ".join(text), "language": "en", "speaker": speaker,
-            "units": " ".join(phone for word in text for phone in word_phones(word)),
+            "units": phrase_units(text),
             "duration": round(len(samples) / SAMPLE_RATE, 3), "source": "AN4 train, words joined anew",
         })  # fmt: skip
     write_manifest(work / "spliced.jsonl", records)

@@ -41,7 +41,7 @@ def tiny_table() -> str:
         size = f"{scored['utterances']} clips, {scored['words']} words"
         rows.append(f"| {SET_NAMES[scored['set']]} ({size}) | {scored['wer_percent']:.1f} % | {scored['rtfx']:.0f} |")
     cold_s = statistics.median(measured["cold_start_s"])
-    where = "{cpus} cores ({processor})".format_map(measured["hardware"])
+    where = "{cpus} cores ({processor})".format_map(measured)
     rows.append(
         f"\nA 4 s clip from a cold start, interpreter and PyTorch included: {cold_s:.1f} s. Measured by\n"
         f"`bench/tiny.py` on {where}: [{path.name}](bench/results/{path.name}).\n"

@@ -26,7 +26,7 @@ from arkasr.config import ModelConfig
 from arkasr.errors import CheckpointMismatchError
 
 ENCODER_ROPE_THETA = 10_000.0
-TIED_HEAD = "decoder.head.weight"
+HEAD = "decoder.head.weight"
 FP16_LIMIT = 65504.0 - 1000.0
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "selu": F.selu}
 
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
             x = x * frame_mask(num_frames, x.shape[-1])[:, None, :]
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # [B, S, E]
         num_positions = x.shape[1]
-        mask = frame_mask((num_frames + 1) // 2, num_positions)[:, None, None, :] if padded else None
+        mask = frame_mask(num_encoder_frames(num_frames), num_positions)[:, None, None, :] if padded else None
         rope = None
         if self.use_rope:
             positions = torch.arange(num_positions, device=x.device)
@@ -256,7 +256,7 @@ class ArkASR(nn.Module):
 
     def encode(self, mel: Tensor, num_frames: Tensor) -> Tensor:
         """Audio embeddings [B, A, H] of mel [B, M, F]; row b is valid up to its own number of audio tokens."""
-        return self.adapter(self.encoder(mel, num_frames), (num_frames + 1) // 2)  # type: ignore[no-any-return]
+        return self.adapter(self.encoder(mel, num_frames), num_encoder_frames(num_frames))  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor, audio: Tensor) -> Tensor:
         """Embeddings [B, T, H] of ids [B, T] whose `<|audio|>` places take, in order, the rows of audio [B, A, H]."""
@@ -273,6 +273,11 @@ class ArkASR(nn.Module):
         return self.decoder.logits(self.decoder(x, positions))
 
 
+def num_encoder_frames(num_frames: Tensor) -> Tensor:
+    """Encoder frames [B] of num_frames [B] mel frames: conv2's stride."""
+    return (num_frames + 1) // 2
+
+
 def frame_mask(num_frames: Tensor, length: int) -> Tensor:
     """[B, length], True before each row's num_frames [B]."""
     return torch.arange(length, device=num_frames.device) < num_frames[:, None]
@@ -284,19 +289,18 @@ def load(source: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str 
         model = ArkASR(source.config)
     state: dict[str, Tensor] = {}
     ours = {spec.hf_name: spec.name for spec in checkpoint.tensor_specs(source.config)}
-    ours["lm_head.weight"] = TIED_HEAD  # a copy may stand beside tied embeddings
+    ours["lm_head.weight"] = HEAD  # a copy may stand beside tied embeddings
     for shard in source.shards:
         with safe_open(shard, framework="pt", device=device) as file:
             for hf_name in file.keys():  # noqa: SIM118 - not a mapping
                 if hf_name in ours:
                     state[ours[hf_name]] = file.get_tensor(hf_name).to(dtype)
-    head = state.get(TIED_HEAD)
-    if head is not None and source.config.tied_embeddings and not torch.equal(head, state["decoder.embed.weight"]):
-        raise CheckpointMismatchError(
-            f"{source.folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
-        )
     if source.config.tied_embeddings:
-        state.pop(TIED_HEAD, None)
+        copy = state.pop(HEAD, None)
+        if copy is not None and not torch.equal(copy, state["decoder.embed.weight"]):
+            raise CheckpointMismatchError(
+                f"{source.folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
+            )
     if "encoder.positions" not in state:
         shape = model.encoder.positions.shape
         state["encoder.positions"] = torch.zeros(shape, dtype=dtype, device=device)

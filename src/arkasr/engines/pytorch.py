@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -82,12 +84,17 @@ def _now(device: torch.device) -> float:
 def pad_mels(waveforms: Sequence[Waveform], network: ArkASR) -> tuple[Tensor, Tensor]:
     """Log-mels of clips as one zero-padded batch [B, M, F] and their frame counts [B], on the network's device."""
     like = network.decoder.embed.weight
-    mels = [torch.from_numpy(audio.log_mel(waveform, network.config.num_mels)) for waveform in waveforms]
-    num_frames = torch.tensor([mel.shape[1] for mel in mels])
-    batch = torch.zeros(len(mels), network.config.num_mels, int(num_frames.max()))
-    for row, mel in enumerate(mels):
-        batch[row, :, : mel.shape[1]] = mel
+    batch, num_frames = stack_mels([audio.log_mel(waveform, network.config.num_mels) for waveform in waveforms])
     return batch.to(like.device, like.dtype), num_frames.to(like.device)
+
+
+def stack_mels(mels: Sequence[npt.NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+    """Log-mels [M, F] of clips as one zero-padded batch [B, M, F] and their frame counts [B]."""
+    num_frames = torch.tensor([mel.shape[1] for mel in mels])
+    batch = torch.zeros(len(mels), mels[0].shape[0], int(num_frames.max()))
+    for row, mel in enumerate(mels):
+        batch[row, :, : mel.shape[1]] = torch.from_numpy(mel)
+    return batch, num_frames
 
 
 @dataclass

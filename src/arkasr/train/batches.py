@@ -19,6 +19,7 @@ from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import MAX_CLIP_S
 from arkasr.data import Utterance
+from arkasr.engines.pytorch import stack_mels
 from arkasr.errors import ArkASRError, AudioError
 from arkasr.text import TextRules
 from arkasr.train.losses import IGNORE
@@ -168,15 +169,13 @@ class Collator:
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad to the longest of the batch, on the right."""
         rows = len(examples)
-        num_frames = torch.tensor([mel.shape[1] for mel, *_ in examples])
+        mels, num_frames = stack_mels([mel for mel, *_ in examples])
         lengths = [len(prompt) + len(target) for _, prompt, target, _ in examples]
         num_units = torch.tensor([len(units) for *_, units in examples])
-        mels = torch.zeros(rows, self.num_mels, int(num_frames.max()))
         ids = torch.full((rows, max(lengths)), self.rules.stop_ids[0])
         labels = torch.full((rows, max(lengths)), IGNORE)
         all_units = torch.zeros(rows, max(int(num_units.max()), 1), dtype=torch.long)
-        for row, (mel, prompt, target, units) in enumerate(examples):
-            mels[row, :, : mel.shape[1]] = torch.from_numpy(mel)
+        for row, (_, prompt, target, units) in enumerate(examples):
             ids[row, : lengths[row]] = torch.tensor(prompt + target)
             labels[row, len(prompt) - 1 : lengths[row] - 1] = torch.tensor(target)
             all_units[row, : len(units)] = torch.tensor(units, dtype=torch.long)

@@ -179,9 +179,17 @@ def provenance() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "cpus": str(os.cpu_count()),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+def _processor() -> str:
+    """The processor's own name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def gradient_norm(parameters: Iterable[Tensor], *, limit: float) -> float:

@@ -97,14 +97,19 @@ class Trainee(nn.Module):
         self.network = network
         self.ctc = nn.Linear(network.config.encoder_dim, num_units + 1)
 
+    def ctc_logits(self, frames: Tensor) -> Tensor:
+        """Scores of blank and units [B, S, U] from the encoder's frames [B, S, E]."""
+        logits: Tensor = self.ctc(self.network.adapter.norm(frames))
+        return logits
+
     def forward(self, batch: Batch, weights: "Weights") -> tuple[Tensor, Tensor]:
         """Summed CTC and cross-entropy losses of a batch; one without weight is not computed, and 0."""
         network, nothing = self.network, self.ctc.bias.new_zeros(())
-        num_frames = (batch.num_frames + 1) // 2
+        num_frames = model.num_encoder_frames(batch.num_frames)
         frames = network.encoder(batch.mel, batch.num_frames)
         ctc, ce = nothing, nothing
         if weights.ctc:
-            ctc = losses.ctc_sum(self.ctc(network.adapter.norm(frames)), num_frames, batch.units, batch.num_units)
+            ctc = losses.ctc_sum(self.ctc_logits(frames), num_frames, batch.units, batch.num_units)
         if weights.ce:
             x = network.embed(batch.ids, network.adapter(frames, num_frames))
             hidden = network.decoder(x, torch.arange(batch.ids.shape[1], device=x.device).expand_as(batch.ids))
@@ -141,7 +146,7 @@ def main(config: Config) -> None:
     utterances = _read(config)
     units = _units(source.folder, utterances)
     device = torch.device(config.device)
-    trainee = _trainee(source, len(units)).to(device).train()
+    trainee = load_trainee(source, len(units)).to(device).train()
     collator = Collator.of(source, units)
     optimizer = loop.adamw(trainee, weight_decay=config.weight_decay)
     schedule = loop.Schedule(config.lr, config.warmup_steps, config.steps)
@@ -164,6 +169,8 @@ def main(config: Config) -> None:
             # Means over the whole update, so that accumulation 4 x 1 equals 1 x 4.
             (weights.ctc * ctc / max(num_units, 1) + weights.ce * ce / num_targets).backward()
             seen.add(ctc, ce, piece)
+        seen.num_units += num_units
+        seen.num_targets += num_targets
         norm = loop.gradient_norm(trainee.parameters(), limit=config.clip)
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step)
@@ -199,8 +206,6 @@ class _Seen:
     def add(self, ctc: Tensor, ce: Tensor, batch: Batch) -> None:
         self.ctc += float(ctc.detach())
         self.ce += float(ce.detach())
-        self.num_units += int(batch.num_units.sum())
-        self.num_targets += int((batch.labels != losses.IGNORE).sum())
         self.audio_s += float(batch.num_frames.sum()) / 100
 
     def means(self) -> dict[str, float]:
@@ -229,12 +234,18 @@ def _manifest(name: str) -> Iterator[Utterance]:
     return read_manifest(Path(path), split=split or None)
 
 
+def read_units(folder: Path) -> list[str]:
+    """The units, from id 1 on, of the CTC head beside a model."""
+    with safe_open(folder / CTC_HEAD, framework="pt") as file:
+        units: list[str] = json.loads(file.metadata()["units"])
+    return units
+
+
 def _units(folder: Path, utterances: Sequence[Utterance]) -> list[str]:
     """CTC units: those of the starting checkpoint's head, else all that the data has."""
     needed = {unit for utterance in utterances for unit in ctc_units(utterance)}
     if (folder / CTC_HEAD).exists():
-        with safe_open(folder / CTC_HEAD, framework="pt") as file:
-            units: list[str] = json.loads(file.metadata()["units"])
+        units = read_units(folder)
         if needed <= set(units):
             return units
         raise UsageError(
@@ -243,7 +254,7 @@ def _units(folder: Path, utterances: Sequence[Utterance]) -> list[str]:
     return sorted(needed)
 
 
-def _trainee(source: Checkpoint, num_units: int) -> Trainee:
+def load_trainee(source: Checkpoint, num_units: int) -> Trainee:
     """The checkpoint's network in float32, all of it to be trained, and the CTC head that lies beside it, if any."""
     trainee = Trainee(model.load(source), num_units)
     trainee.requires_grad_(True)
@@ -321,7 +332,7 @@ def _evaluate(
         waveforms = [utterance.waveform() for utterance in group]
         mel, num_frames = pad_mels(waveforms, trainee.network)
         frames = trainee.network.encoder(mel, num_frames)
-        paths = losses.ctc_greedy(trainee.ctc(trainee.network.adapter.norm(frames)), (num_frames + 1) // 2)
+        paths = losses.ctc_greedy(trainee.ctc_logits(frames), model.num_encoder_frames(num_frames))
         for utterance, path in zip(group, paths, strict=True):
             unit_pairs.append((" ".join(ctc_units(utterance)), " ".join(names[number] for number in path)))
         if write:
