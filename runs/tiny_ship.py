@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from arkasr import checkpoint, model
+from arkasr import checkpoint, files, model, pins
 
 
 def main(folder: Path) -> None:
-    target = checkpoint.BUILT_IN["tiny"]
+    target = pins.SHIPPED / "tiny"
     model.save(model.load(checkpoint.open_checkpoint(folder)), target, dtype=torch.bfloat16)
     shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
+    print("for PINS in src/arkasr/pins.py:", {path.name: files.sha256(path) for path in sorted(target.iterdir())})
     print(target, sum(path.stat().st_size for path in target.iterdir()), "bytes")
 
 

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("ark-asr", "ark-asr transcribe", "ark-asr train", "ark-asr train sft")
+MODELS = tuple(f"ark-asr models{action}" for action in ("", " list", " pull", " verify", " path", " remove"))
+COMMANDS = ("ark-asr", "ark-asr transcribe", *MODELS, "ark-asr train", "ark-asr train sft")
 SET_NAMES = {
     "an4": "AN4 test: 10 unseen speakers",
     "fsdd": "FSDD test: single digits, 8 kHz, another corpus, never trained on",

@@ -13,6 +13,8 @@ from arkasr import model, text
 from arkasr.config import ModelConfig
 from arkasr.text import TextRules
 
+# No test may use the network or this machine's own downloads; before huggingface_hub reads it.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Threads that wait for each other on a busy machine make tiny layers a hundred times slower.
 torch.set_num_threads(1)
 
@@ -63,6 +65,11 @@ def random_network(config: ModelConfig, *, seed: int = 0) -> model.ArkASR:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale / fan_in**0.5 + around)
         network.decoder.embed.weight.mul_(3)
     return network.eval()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["ARKASR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 MakeCheckpoint = Callable[..., Path]

@@ -164,9 +164,12 @@ def test_words_that_are_no_choice(run: Run, clips: list[Path], option: str, valu
     assert option in err[-1]
 
 
-@pytest.mark.parametrize("name", ["nope", "0.6b", "3B", "no/such/folder"])
-def test_unknown_models(run: Run, clips: list[Path], name: str) -> None:
-    assert_refused(run("transcribe", clips[0], "--model", name), f"ark-asr: {name}: ", "folder")
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("nope", "folder"), ("no/such/folder", "folder"), ("0.6b", "models pull 0.6b"), ("3B", "models pull 3B")],
+)
+def test_unknown_models(run: Run, clips: list[Path], name: str, remedy: str) -> None:
+    assert_refused(run("transcribe", clips[0], "--model", name), f"ark-asr: {name}: ", remedy)
 
 
 def test_folders_without_a_model(run: Run, model: Path, clips: list[Path], tmp_path: Path) -> None:

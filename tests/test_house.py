@@ -23,7 +23,9 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
         ("published names", r"self_attn|\.fc1\.weight", "checkpoint.py"),
         ("edit distance", r"Levenshtein", "metrics.py"),
         ("cross-entropy", r"F\.cross_entropy", "losses.py"),
-        ("renaming", r"\.part\"", "checkpoint.py"),
+        ("renaming", r"\.part\"", "files.py"),
+        ("names of published files", r"generation_config", "files.py"),
+        ("hub ids", r"AutoArk-AI/", "pins.py"),
     ],
 )
 def test_a_rule_has_one_owner(rule: str, pattern: str, owner: str) -> None:

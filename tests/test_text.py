@@ -185,11 +185,10 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("merges.txt", None, "not a tokenizer"),
         ("vocab.json", "{", "not a tokenizer"),
         ("added_tokens.json", None, "no token <.audio.>"),
-        ("added_tokens.json", "{", "not a tokenizer"),
-        ("added_tokens.json", "[1]", "not a tokenizer"),
+        ("added_tokens.json", "{", "added_tokens.json: not JSON"),
+        ("added_tokens.json", "[1]", "added_tokens.json: not a JSON object"),
         ("added_tokens.json", '{"<|audio|>": 300}', "<.audio.> has id 300, but 256 is its place"),
     ],
 )
@@ -202,6 +201,10 @@ def test_damaged_older_files(tmp_path: Path, name: str, content: str | None, cau
     assert load(tmp_path).prompt_ids(2) == TextRules(
         byte_tokenizer(), vocab_size=400, eos_token_ids=(), place=""
     ).prompt_ids(2)
+    (tmp_path / "merges.txt").rename(tmp_path / "away")
+    with pytest.raises(ModelNotFoundError, match=r"merges\.txt: cannot be read"):
+        load(tmp_path)
+    (tmp_path / "away").rename(tmp_path / "merges.txt")
     (tmp_path / name).unlink()
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")

@@ -1,28 +1,23 @@
-"""A checkpoint on disk: name or path to folder, which tensors it must hold, and both names of each.
+"""A checkpoint on disk: which tensors it must hold, and both names of each.
 
 The one table between the published (Hugging Face) names and ours is `TENSORS`; reading and writing both use it.
 Unusual: shapes follow from the config, so every tensor is matched one to one before a byte of weights is read.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from arkasr import config as configs
-from arkasr import text
+from arkasr import files, hub, pins, text
 from arkasr.config import ModelConfig
 from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
 
-SHIPPED = Path(__file__).parent / "weights"
-BUILT_IN = {"tiny": SHIPPED / "tiny"}
-PUBLISHED = {"0.6b": "AutoArk-AI/ARK-ASR-0.6B", "3b": "AutoArk-AI/ARK-ASR-3B"}
-
-WEIGHTS = "model.safetensors"
 DTYPES = ("F32", "BF16", "F16")
-INDEX = "model.safetensors.index.json"
+# The published 3B has some 900 tensors in 130 kB of header; safetensors itself would read up to 100 MB.
+MAX_HEADER_BYTES = 8 * 2**20
 # Present in some copies and replaced by an identity there.
 IGNORED = ("audio_encoder.whisper.layer_norm.weight", "audio_encoder.whisper.layer_norm.bias")
 
@@ -120,46 +115,16 @@ def _size(config: ModelConfig, field: str) -> int:
     return value
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename, so that `path` is always complete or as it was."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        write(part)
-        part.chmod(mode)  # safetensors writes files that only their owner may read
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def resolve(model: str | Path) -> Path:
-    """The folder of a built-in name or a path.
-
-    Raises:
-        ModelNotFoundError: neither; the message lists what there is.
-    """
-    if isinstance(model, str) and model in BUILT_IN:
-        return BUILT_IN[model]
-    if isinstance(model, str) and model.lower() in PUBLISHED:
-        raise ModelNotFoundError(
-            f"{model}: downloading {PUBLISHED[model.lower()]} is not built in yet; fetch its files (no *.py) into a "
-            "folder and give that folder"
-        )
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    raise ModelNotFoundError(f"{model}: no such model; give one of {', '.join(BUILT_IN)} or a checkpoint's folder")
-
-
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Resolve a model and check its config, tokenizer and the header of every tensor.
+    """Find a model, downloading it if need be, and check its files, config, tokenizer and every tensor's header.
 
     Raises:
         ModelNotFoundError: no such model, or a file is missing.
-        CheckpointMismatchError: the parts contradict each other; the offending tensor, key or token is named.
+        CheckpointMismatchError: a file is damaged, or the parts contradict each other; it, or the tensor, key or
+            token, is named.
     """
-    folder = resolve(model)
+    folder = hub.pull(model)
+    pins.check(folder)
     config = configs.load(folder)
     rules = text.load(
         folder,
@@ -174,21 +139,20 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 def _shards(folder: Path) -> tuple[Path, ...]:
     """The weight files: one, or those the index names. Names are taken as plain file names inside the folder."""
-    index_path = folder / INDEX
+    index_path = folder / files.INDEX
     if not index_path.exists():
-        if not (folder / WEIGHTS).is_file():
-            raise ModelNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX}; fetch the weights")
-        return (folder / WEIGHTS,)
+        if not (folder / files.WEIGHTS).exists():
+            raise ModelNotFoundError(f"{folder}: neither {files.WEIGHTS} nor {files.INDEX}; fetch the weights")
+        return (folder / files.WEIGHTS,)
     try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = sorted(set(files.read_json(index_path)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
         raise CheckpointMismatchError(f"{index_path}: not a safetensors index; fetch the file again") from None
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointMismatchError(f"{index_path}: {name!r} is not a safetensors file beside the index")
-        if not (folder / name).is_file():
-            raise ModelNotFoundError(f"{folder / name}: missing, {INDEX} names it; fetch the weights again")
+        if not isinstance(name, str) or not files.is_weights(name):
+            raise CheckpointMismatchError(f"{index_path}: {name!r} is not a weights file beside the index")
+        if not (folder / name).exists():
+            raise ModelNotFoundError(f"{folder / name}: missing, {files.INDEX} names it; fetch the weights again")
     return tuple(folder / name for name in names)
 
 
@@ -220,7 +184,14 @@ def _match(folder: Path, config: ModelConfig, shards: tuple[Path, ...]) -> None:
 
 def _headers(shard: Path) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of each tensor in one file, without reading weights."""
+    size = files.check(shard)
     try:
+        with shard.open("rb") as head:
+            header_bytes = int.from_bytes(head.read(8), "little")
+        if header_bytes > min(MAX_HEADER_BYTES, size):
+            raise CheckpointMismatchError(
+                f"{shard}: claims a header of {header_bytes} bytes, which no such model has; fetch it again"
+            )
         with safe_open(shard, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             for name, piece in slices.items():

@@ -11,12 +11,22 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from arkasr import __version__, audio
-from arkasr.checkpoint import write_atomically
+from arkasr import __version__, audio, hub, pins
+from arkasr.checkpoint import open_checkpoint
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.errors import ArkASRError, MissingExtraError, UsageError
+from arkasr.files import write_atomically
 from arkasr.results import WRITERS, Transcript, write_json_error
 from arkasr.transcribe import BATCH_SIZE, load_model
 
@@ -31,10 +41,16 @@ app = typer.Typer(
 train_app = typer.Typer(help="Train a model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(train_app, name="train")
 
+models_app = typer.Typer(help="Download, check and remove models.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models_app, name="models")
+
 TINY_NOTICE = (
     "model tiny: a small demonstration model for English letters, digits, dates and short commands; "
-    "for real transcription give --model FOLDER with an ARK-ASR checkpoint"
+    "for real transcription run `ark-asr models pull 0.6b` once, which makes 0.6b the default"
 )
+MODEL_HELP = "0.6b, 3b, tiny, ORG/NAME@COMMIT of a hub, or a checkpoint's folder."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Make no network call; HF_HUB_OFFLINE=1 says the same.")]
 
 
 class EngineChoice(StrEnum):
@@ -79,8 +95,10 @@ def _main(
 def transcribe(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio files; - is standard input.")],
     model: Annotated[
-        str | None, typer.Option(metavar="NAME|DIR", help="Built-in name or a checkpoint's folder.  [default: tiny]")
+        str | None,
+        typer.Option(metavar="MODEL", help=f"{MODEL_HELP}  [default: 0.6b when it was downloaded, else tiny]"),
     ] = None,
+    offline: OfflineOption = False,
     engine: Annotated[EngineChoice, typer.Option(help="What runs the network.")] = EngineChoice.AUTO,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[DtypeChoice, typer.Option(help="Precision of weights and arithmetic.")] = DtypeChoice.FLOAT32,
@@ -103,8 +121,11 @@ def transcribe(
     options = DecodeOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     targets = _targets(files, output_dir, output_format)
     if model is None:
-        print(TINY_NOTICE, file=sys.stderr)
-    transcriber = load_model(model or "tiny", engine=engine.value, device=device, dtype=dtype.value)
+        model = hub.default_model()
+        if model == "tiny":
+            print(TINY_NOTICE, file=sys.stderr)
+    folder = _pull(model, offline=offline)
+    transcriber = load_model(folder, engine=engine.value, device=device, dtype=dtype.value)
     failed = 0
     outcomes = transcriber.outcomes(files, options=options, batch_size=batch_size)
     with _progress(len(files), text_on_terminal=output_dir is None and sys.stdout.isatty()) as advance:
@@ -175,6 +196,73 @@ def _progress(total: int, *, text_on_terminal: bool) -> Iterator[Callable[[], No
     with Progress(*columns, console=console, disable=off, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task("transcribing", total=total)
         yield lambda: bar.advance(task)
+
+
+def _pull(model: str, *, offline: bool) -> Path:
+    """The model's folder, downloaded with a bar on standard error if a person watches."""
+    console = Console(stderr=True)
+    columns = (TextColumn(model), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    off = not console.is_terminal
+    with Progress(*columns, console=console, disable=off, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(model, total=None, visible=False)
+        return hub.pull(
+            model,
+            offline=offline,
+            report=lambda line: print(f"ark-asr: {line}", file=sys.stderr),
+            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+        )
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """Show built-in and downloaded models: name, state, size, origin."""
+    for model in hub.models():
+        size = f"{model.num_bytes / 1e6:.0f} MB" if model.num_bytes else "-"
+        print(f"{model.name:<8} {model.state:<10} {size:>8}  {model.origin}")
+
+
+@models_app.command("pull")
+def models_pull(model: ModelArgument, offline: OfflineOption = False) -> None:
+    """Download and check a model; an interrupted download goes on."""
+    folder = _pull(model, offline=offline)
+    open_checkpoint(folder)
+    print(folder)
+
+
+@models_app.command("verify")
+def models_verify(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP}  [default: all on this machine]")
+    ] = None,
+) -> None:
+    """Hash every file, and check config, tokenizer and tensors."""
+    failed = 0
+    for model in models or [listed.name for listed in hub.models() if listed.state in {"here", "shipped"}]:
+        try:
+            folder = hub.find(model)
+            lock = pins.verify(folder)
+            open_checkpoint(folder)
+        except ArkASRError as error:
+            print(f"ark-asr: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        done = f"{len(lock.files)} files have their SHA-256" if lock else "no lock file, so bytes were not compared"
+        print(f"{model}: {done}; config, tokenizer and tensors fit")
+    if failed:
+        raise typer.Exit(1)
+
+
+@models_app.command("path")
+def models_path(model: ModelArgument) -> None:
+    """Print the folder of a model that is on this machine."""
+    print(hub.find(model))
+
+
+@models_app.command("remove")
+def models_remove(model: ModelArgument) -> None:
+    """Delete a downloaded model, complete or not."""
+    freed = hub.remove(model)
+    print(f"ark-asr: {model} removed, {freed / 1e6:.0f} MB freed", file=sys.stderr)
 
 
 @train_app.command(

@@ -5,12 +5,12 @@ unusual: `rope_theta` may stand at the top level (transformers 4) or in `rope_pa
 published copies lack the adapter's keys, for which the published defaults apply.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arkasr import files
 from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
 
 MAX_CLIP_S = 30  # one pass of the encoder; fixed by the architecture
@@ -62,20 +62,12 @@ def load(folder: Path) -> ModelConfig:
 
     Raises:
         ModelNotFoundError: there is no config.json.
-        CheckpointMismatchError: it is not JSON, lacks a key, or contradicts itself.
+        CheckpointMismatchError: it is no file of its own folder, not JSON, lacks a key, or contradicts itself.
     """
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"{folder}: no config.json; give a folder in the published layout") from None
-    except OSError as error:
-        raise ModelNotFoundError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointMismatchError(f"{path}: not JSON ({error}); fetch the file again") from None
-    if not isinstance(raw, dict):
-        raise CheckpointMismatchError(f"{path}: not a JSON object; fetch the file again")
-    return from_mapping(raw, str(path))
+    path = folder / files.CONFIG
+    if not path.exists():
+        raise ModelNotFoundError(f"{folder}: no {files.CONFIG}; give a folder in the published layout")
+    return from_mapping(files.read_json(path), str(path))
 
 
 def from_mapping(raw: Mapping[str, Any], place: str = "config.json") -> ModelConfig:

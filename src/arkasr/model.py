@@ -19,14 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from arkasr import checkpoint
+from arkasr import checkpoint, files
 from arkasr import config as configs
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import ModelConfig
 from arkasr.errors import CheckpointMismatchError
 
 ENCODER_ROPE_THETA = 10_000.0
-HEAD = "decoder.head.weight"
+HF_HEAD, HF_EMBED = "lm_head.weight", "model.embed_tokens.weight"
+REOPEN_BYTES = 2**27
 FP16_LIMIT = 65504.0 - 1000.0
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "selu": F.selu}
 
@@ -209,13 +210,22 @@ class DecoderLayer(nn.Module):
         return result
 
 
+class Embedding(nn.Embedding):
+    """On meta there is nothing to initialise, and torch's `normal_` there imports 800 modules: a second a start."""
+
+    def reset_parameters(self) -> None:
+        """Random rows, where there is memory for them."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Decoder(nn.Module):
     """Qwen2: embeddings in, logits out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim, self.rope_theta = config.decoder_head_dim, config.rope_theta
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.embed = Embedding(config.vocab_size, config.hidden_dim)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.RMSNorm(config.hidden_dim, eps=config.rms_eps)
         self.head: nn.Linear | None = None
@@ -287,25 +297,46 @@ def load(source: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str 
     """The model of an opened checkpoint, in inference mode; weights are read once, memory-mapped, tensor by tensor."""
     with torch.device("meta"):
         model = ArkASR(source.config)
-    state: dict[str, Tensor] = {}
+    _check_tied_head(source)
     ours = {spec.hf_name: spec.name for spec in checkpoint.tensor_specs(source.config)}
-    ours["lm_head.weight"] = HEAD  # a copy may stand beside tied embeddings
+    state: dict[str, Tensor] = {}
     for shard in source.shards:
-        with safe_open(shard, framework="pt", device=device) as file:
-            for hf_name in file.keys():  # noqa: SIM118 - not a mapping
-                if hf_name in ours:
-                    state[ours[hf_name]] = file.get_tensor(hf_name).to(dtype)
-    if source.config.tied_embeddings:
-        copy = state.pop(HEAD, None)
-        if copy is not None and not torch.equal(copy, state["decoder.embed.weight"]):
-            raise CheckpointMismatchError(
-                f"{source.folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
-            )
+        for hf_name, tensor in _read(shard, set(ours), dtype, device):
+            state[ours[hf_name]] = tensor
     if "encoder.positions" not in state:
         shape = model.encoder.positions.shape
         state["encoder.positions"] = torch.zeros(shape, dtype=dtype, device=device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def _check_tied_head(source: Checkpoint) -> None:
+    """A head beside tied embeddings must be a copy of them; it is compared as stored and then left on the disk."""
+    if not source.config.tied_embeddings:
+        return
+    tied: list[Tensor] = []
+    for shard in source.shards:
+        with safe_open(shard, framework="pt") as file:
+            tied += [file.get_tensor(name) for name in sorted(set(file.keys()) & {HF_HEAD, HF_EMBED})]
+    if len(tied) == 2 and not torch.equal(tied[0], tied[1]):
+        raise CheckpointMismatchError(f"{source.folder}: {HF_HEAD} differs from {HF_EMBED}, but config.json ties them")
+
+
+def _read(shard: Path, wanted: set[str], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:
+    """The wanted tensors of a file: its mapped pages where dtype and device are the file's, else copies.
+
+    Pages that were copied count as this process's memory until the file is closed, so it is opened anew now and then.
+    """
+    with safe_open(shard, framework="pt") as file:
+        names = [name for name in file.offset_keys() if name in wanted][::-1]  # as they lie on the disk
+    while names:
+        copied_bytes = 0
+        with safe_open(shard, framework="pt", device=device) as file:
+            while names and copied_bytes < REOPEN_BYTES:
+                stored = file.get_tensor(names[-1])
+                tensor = stored.to(dtype)
+                copied_bytes += 0 if tensor is stored and device == "cpu" else stored.nbytes
+                yield names.pop(), tensor
 
 
 def published_tensors(model: ArkASR, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -320,7 +351,5 @@ def save(model: ArkASR, folder: Path, *, dtype: torch.dtype = torch.bfloat16) ->
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(published_tensors(model, dtype))
     config = json.dumps(configs.to_mapping(model.config), indent=2) + "\n"
-    checkpoint.write_atomically(
-        folder / checkpoint.WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"})
-    )
-    checkpoint.write_atomically(folder / "config.json", lambda part: part.write_text(config, encoding="utf-8"))
+    files.write_atomically(folder / files.WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    files.write_atomically(folder / files.CONFIG, lambda part: part.write_text(config, encoding="utf-8"))

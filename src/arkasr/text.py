@@ -6,7 +6,6 @@ Unusual: there is no system turn, newline or BOS, and the instruction is not opt
 weights stop at once. Every id is looked up by its string, so a checkpoint with another vocabulary works unchanged.
 """
 
-import json
 import re
 from itertools import takewhile
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
+from arkasr import files
+from arkasr.errors import ArkASRError, CheckpointMismatchError, ModelNotFoundError
 
 AUDIO = "<|audio|>"
 USER = "<|user|>"
@@ -102,14 +102,15 @@ def load(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...], audio
         ModelNotFoundError: no tokenizer file.
         CheckpointMismatchError: damaged, lacks a needed token, or contradicts the config.
     """
-    path = folder / "tokenizer.json"
+    path = folder / files.TOKENIZER
     if not path.exists():
         path = folder / "vocab.json"
     if not path.exists():
-        raise ModelNotFoundError(f"{folder}: neither tokenizer.json nor vocab.json; fetch the tokenizer's files")
+        raise ModelNotFoundError(f"{folder}: neither {files.TOKENIZER} nor vocab.json; fetch the tokenizer's files")
+    files.check(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path)) if path.name == "tokenizer.json" else _from_vocab(folder)
-    except CheckpointMismatchError:
+        tokenizer = Tokenizer.from_file(str(path)) if path.name == files.TOKENIZER else _from_vocab(folder)
+    except ArkASRError:
         raise
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for every damaged file
         raise CheckpointMismatchError(f"{path}: not a tokenizer ({error}); fetch the file again") from None
@@ -123,10 +124,12 @@ def load(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...], audio
 
 def _from_vocab(folder: Path) -> Tokenizer:
     """Qwen2's tokenizer from its older three files."""
-    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    merges = folder / "merges.txt"
+    files.check(merges)
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(merges)))
     configure_byte_level(tokenizer)
     added_path = folder / "added_tokens.json"
-    added: dict[str, int] = json.loads(added_path.read_text(encoding="utf-8")) if added_path.exists() else {}
+    added: dict[str, int] = files.read_json(added_path) if added_path.exists() else {}
     for content, token_id in sorted(added.items(), key=lambda item: item[1]):
         tokenizer.add_tokens([AddedToken(content, normalized=False, special=content.startswith("<|"))])
         if tokenizer.token_to_id(content) != token_id:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import arkasr
-from arkasr.checkpoint import write_atomically
+from arkasr.files import write_atomically
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"

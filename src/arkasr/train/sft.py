@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arkasr import checkpoint, metrics, model
+from arkasr import checkpoint, files, metrics, model
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import MAX_CLIP_S
 from arkasr.data import Utterance, read_manifest
@@ -271,7 +271,7 @@ def _start(config: Config, trainee: Trainee, optimizer: torch.optim.Optimizer, a
     state = loop.load_state(config.out)
     if state is None:
         text = json.dumps({"config": described, **loop.provenance()}, indent=2)
-        checkpoint.write_atomically(config.out / "config.json", lambda part: part.write_text(text + "\n"))
+        files.write_atomically(config.out / "config.json", lambda part: part.write_text(text + "\n"))
         loop.forget_metrics_after(config.out, 0)
         return 0
     before = json.loads((config.out / "config.json").read_text())["config"]
@@ -300,9 +300,7 @@ def _save(
     average.swap(trainee)
     model.save(trainee.network, folder, dtype=torch.float32)
     head = {name: value.detach().cpu().contiguous() for name, value in trainee.ctc.state_dict().items()}
-    checkpoint.write_atomically(
-        folder / CTC_HEAD, lambda part: save_file(head, part, {"units": json.dumps(list(units))})
-    )
+    files.write_atomically(folder / CTC_HEAD, lambda part: save_file(head, part, {"units": json.dumps(list(units))}))
     average.swap(trainee)
     for name in TOKENIZER_FILES:
         if (origin / name).exists():

@@ -1,0 +1,180 @@
+"""What is trusted: the pin table, the lock files beside downloads, and the checks of a folder against them.
+
+Unusual: a folder's hashes are taken at its first load, and again only when a file's size or time of change differs
+from what it was then; sizes are compared at every load.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from arkasr import files
+from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
+
+SHIPPED = Path(__file__).parent / "weights"
+LOCK = "arkasr.lock.json"
+STAMPS = "arkasr.checked.json"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What a built-in name stands for: a hub id (None: shipped with the package), a commit, and known SHA-256."""
+
+    repo_id: str | None
+    revision: str | None
+    sha256: Mapping[str, str]
+
+
+# The one table of what arkasr trusts. The commit of 0.6B is not public: the first pull resolves and records it, and
+# prints the line that belongs here. Hashes that are not here yet are recorded, at the first pull, in the lock file.
+PINS: dict[str, Pin] = {
+    "0.6b": Pin("AutoArk-AI/ARK-ASR-0.6B", None, {}),
+    "3b": Pin("AutoArk-AI/ARK-ASR-3B", "1e28271b79edc97635783bea65abc89195a09ed3", {}),
+    "tiny": Pin(
+        None,
+        None,
+        {
+            "config.json": "3e250f1466b13b8a13a08e4debc6a516fbb99855c5d4dddcec84fd3324c8a066",
+            "model.safetensors": "fabba2fa84b27c26788ba258367e6e600c9fc8d5e35ad8428584e286adccd5c6",
+            "tokenizer.json": "b3bfb2e8b99b21cdc2f37c4a889011d783b01934b9db0f7d65a1f03d5f21ba4b",
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a folder must hold; made by a download, or of `PINS` for the shipped model."""
+
+    repo_id: str | None
+    revision: str | None
+    files: Mapping[str, files.Known]
+
+
+def pinned_sha256(repo_id: str | None, revision: str | None) -> Mapping[str, str]:
+    """The hashes that `PINS` knows of a commit."""
+    known = [pin.sha256 for pin in PINS.values() if (pin.repo_id, pin.revision) == (repo_id, revision)]
+    return known[0] if known else {}
+
+
+def pin_line(name: str, lock: Lock) -> str:
+    """The line of `PINS` that a finished download stands for."""
+    hashes = {file: known.sha256 for file, known in sorted(lock.files.items())}
+    return f'    "{name}": Pin("{lock.repo_id}", "{lock.revision}", {json.dumps(hashes)}),'
+
+
+def read_lock(folder: Path) -> Lock | None:
+    """What `folder` must hold by `PINS` or its lock file; None where neither speaks of it.
+
+    Raises:
+        CheckpointMismatchError: the lock file is damaged or contradicts `PINS`.
+    """
+    if folder.parent == SHIPPED:
+        return Lock(None, None, {name: files.Known(None, sha256) for name, sha256 in PINS[folder.name].sha256.items()})
+    path = folder / LOCK
+    if not path.exists():
+        return None
+    raw = files.read_json(path)
+    try:
+        known = {name: files.Known(int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
+        lock = Lock(str(raw["repo_id"]), str(raw["revision"]), known)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise CheckpointMismatchError(f"{path}: damaged lock file; remove the model and pull it again") from None
+    for name, sha256 in pinned_sha256(lock.repo_id, lock.revision).items():
+        if name not in known or known[name].sha256 != sha256:
+            raise CheckpointMismatchError(
+                f"{path}: contradicts what is pinned for {name}; remove the model and pull it again"
+            )
+    return lock
+
+
+def check(folder: Path) -> None:
+    """Check a folder before it is loaded: its files' sizes always, their hashes if one is not as it was last hashed.
+
+    A folder that is neither shipped nor has a lock file is let through: nothing is known of it.
+
+    Raises:
+        CheckpointMismatchError: files are damaged, missing or not of the locked download; they are named.
+    """
+    lock = read_lock(folder)
+    if lock is None:
+        return
+    unchanged = folder.parent != SHIPPED and _stamps(folder, lock) == _read_stamps(folder)
+    wrong = _differences(folder, lock, hashes=not unchanged)
+    wrong += [f"{name} is not of this download" for name in _others(folder, lock) if files.is_published(name)]
+    if wrong:
+        raise _damaged(folder, wrong)
+    if not unchanged:
+        _remember(folder, lock)
+
+
+def verify(folder: Path) -> Lock | None:
+    """Hash every file of a folder; what it was compared with, None if nothing is known of it.
+
+    Raises:
+        CheckpointMismatchError: files are damaged, missing or foreign; they are named.
+    """
+    lock = read_lock(folder)
+    if lock is None:
+        return None
+    wrong = _differences(folder, lock, hashes=True) + [f"{name} is foreign" for name in _others(folder, lock)]
+    if wrong:
+        raise _damaged(folder, wrong)
+    _remember(folder, lock)
+    return lock
+
+
+def _damaged(folder: Path, wrong: list[str]) -> CheckpointMismatchError:
+    return CheckpointMismatchError(f"{folder}: {'; '.join(wrong)}; remove the model and pull it again")
+
+
+def _differences(folder: Path, lock: Lock, *, hashes: bool) -> list[str]:
+    """What is wrong with each file, by size alone or by hash too."""
+    wrong = []
+    for name, known in lock.files.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif known.size not in (None, size := files.check(path)):
+            wrong.append(f"{name} has {size} bytes, not {known.size}")
+        elif hashes and (sha256 := files.sha256(path)) != known.sha256:
+            wrong.append(f"{name} has SHA-256 {sha256}, not {known.sha256}")
+    return wrong
+
+
+def _others(folder: Path, lock: Lock) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name not in (*lock.files, LOCK, STAMPS))
+
+
+def _stamps(folder: Path, lock: Lock) -> dict[str, list[int]]:
+    """Size and time of change of each file: while they stay, the bytes need not be hashed again."""
+    status = {name: (folder / name).stat() for name in lock.files if (folder / name).is_file()}
+    return {name: [s.st_size, s.st_mtime_ns] for name, s in status.items()}
+
+
+def _read_stamps(folder: Path) -> dict[str, Any]:
+    try:
+        return files.read_json(folder / STAMPS)
+    except (ModelNotFoundError, CheckpointMismatchError):  # none yet, or damaged: hash again
+        return {}
+
+
+def write_lock(folder: Path, lock: Lock) -> None:
+    """Write the lock file of a download whose files have just been hashed."""
+    files.write_text_atomically(folder / LOCK, json.dumps(asdict(lock), indent=2) + "\n")
+    _remember(folder, lock)
+
+
+def _remember(folder: Path, lock: Lock) -> None:
+    """Note that the files were hashed as they are now; a folder that cannot be written is hashed at each load."""
+    if folder.parent == SHIPPED:
+        return
+    text = json.dumps(_stamps(folder, lock))
+    try:
+        files.write_atomically(folder / STAMPS, lambda part: part.write_text(text))
+    except OSError as error:
+        _log.info("%s: cannot be written (%s); the model is hashed at each load", folder, error.strerror)
