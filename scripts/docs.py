@@ -1,4 +1,4 @@
-"""Writes what is generated in the docs: docs/cli.md from the commands' help, README's table from bench/results.
+"""Writes what is generated in the docs: docs/cli.md from the commands' help, tables from bench/results.
 
 With --check, fails where a file is not what it should be.
 """
@@ -51,21 +51,44 @@ def tiny_table() -> str:
     return "\n".join(rows)
 
 
-def readme() -> str:
-    """README.md with its table as measured."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.sub(
-        r"(<!-- tiny: .*? -->\n).*?(<!-- /tiny -->)", rf"\g<1>\n{tiny_table()}\n\n\g<2>", text, flags=re.DOTALL
-    )
+def full_size_table() -> str:
+    """What bench/full_size.py measured last."""
+    path = max((ROOT / "bench" / "results").glob("*-full-size.json"))
+    measured = json.loads(path.read_text())
+    rows = [
+        "| random weights | weights | load | 10 s clip, 8 tokens | peak memory |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {case['size']} {case['dtype']} | {case['weights_gb']:.1f} GB | {case['load_s']:.1f} s "
+            f"| {case['transcribe_again_s']:.1f} s | {case['peak_gb']:.1f} GB |"
+            for case in measured["cases"]
+        ),
+        "\nMedians of 3 processes by `bench/full_size.py`, engine pytorch, on {cpus} cores ({processor}), from the page\n"
+        "cache; ".format_map(measured)
+        + f"[{path.name}](../bench/results/{path.name}).",
+    ]
+    return "\n".join(rows)
+
+
+def filled(page: str, name: str, table: str) -> str:
+    """A page with the table between its markers."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.sub(rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", rf"\g<1>\n{table}\n\n\g<2>", text, flags=re.DOTALL)
 
 
 def main() -> None:
     """Write, or compare."""
-    for path, page in ((ROOT / "docs" / "cli.md", cli_page()), (ROOT / "README.md", readme())):
+    pages = {
+        "docs/cli.md": cli_page(),
+        "README.md": filled("README.md", "tiny", tiny_table()),
+        "docs/models.md": filled("docs/models.md", "full-size", full_size_table()),
+    }
+    for page, text in pages.items():
+        path = ROOT / page
         if "--check" not in sys.argv:
-            path.write_text(page, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != page:
-            sys.exit(f"{path.relative_to(ROOT)}: generated parts are out of date; run python scripts/docs.py")
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{page}: generated parts are out of date; run python scripts/docs.py")
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def test_a_head_that_is_no_copy_is_refused(make_checkpoint: MakeCheckpoint) -> N
 def test_whole_number_tensors_are_refused(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint()
     rewrite(folder, lambda state: state.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
-    assert "model.norm.weight is I8" in refused(folder)
+    assert "'model.norm.weight' is I8" in refused(folder)
 
 
 def test_weights_that_are_not_numbers_give_an_error_not_text(make_checkpoint: MakeCheckpoint) -> None:

@@ -1165,7 +1165,7 @@ def test_a_foreign_file(run: Run) -> None:
     (folder / "notes.txt").write_text("mine")
     (folder / "modeling.py").write_text("")
     open_checkpoint(NAME)
-    assert_refused(run("models", "verify", NAME), "modeling.py is foreign", "notes.txt is foreign")
+    assert_refused(run("models", "verify", NAME), "'modeling.py' is foreign", "'notes.txt' is foreign")
     for name in ("notes.txt", "modeling.py"):
         (folder / name).unlink()
     assert run("models", "verify", NAME)[0] == 0
@@ -1173,7 +1173,7 @@ def test_a_foreign_file(run: Run) -> None:
         (folder / name).write_text("{}")
         with pytest.raises(CheckpointMismatchError, match=f"{re.escape(name)} is not of this download"):
             open_checkpoint(NAME)
-        with pytest.raises(CheckpointMismatchError, match=f"{re.escape(name)} is foreign"):
+        with pytest.raises(CheckpointMismatchError, match=f"{re.escape(repr(name))} is foreign"):
             pins.verify(folder)
         (folder / name).unlink()
 

@@ -172,7 +172,10 @@ def test_a_contradicting_audio_token_id(tmp_path: Path) -> None:
 def test_a_damaged_tokenizer(tmp_path: Path, content: bytes) -> None:
     whole = byte_tokenizer().to_str().encode()
     (tmp_path / "tokenizer.json").write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
-    with pytest.raises(CheckpointMismatchError, match=r"tokenizer\.json: not a tokenizer") as caught:
+    with pytest.raises(
+        CheckpointMismatchError,
+        match=r"tokenizer\.json: (not JSON|not a JSON object|truncation is not|normalizer is not)",
+    ) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -189,7 +192,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         ("added_tokens.json", None, "no token <.audio.>"),
         ("added_tokens.json", "{", "added_tokens.json: not JSON"),
         ("added_tokens.json", "[1]", "added_tokens.json: not a JSON object"),
-        ("added_tokens.json", '{"<|audio|>": 300}', "<.audio.> has id 300, but 256 is its place"),
+        ("added_tokens.json", '{"<|audio|>": 300}', "'<.audio.>' has id 300, but 256 is its place"),
     ],
 )
 def test_damaged_older_files(tmp_path: Path, name: str, content: str | None, cause: str) -> None:

@@ -32,6 +32,7 @@ DYNAMIC_RANGE = 8.0  # decades below the clip's maximum
 MIN_RATE, MAX_RATE = 1_000, 1_000_000
 MAX_CHANNELS = 256
 READ_FRAMES = 1 << 18
+MAX_VALUES = 1 << 30  # samples times channels: 4 GiB, three hours of 44.1 kHz stereo
 UNKNOWN_FRAMES = 1 << 62  # libsndfile's answer for a stream whose header has no length
 
 # libsndfile's log where a header promises more bytes than the file has; writers to a pipe promise (nearly) 2 or 4 GiB.
@@ -112,7 +113,7 @@ def duration_s(path: Path) -> float:
     """Seconds of a file, from its header where libsndfile reads it, else by decoding."""
     try:
         return soundfile.info(path).duration  # type: ignore[no-any-return]
-    except soundfile.LibsndfileError:
+    except (soundfile.LibsndfileError, TypeError, ValueError):  # a name in .raw; a name that cannot be encoded
         return len(load(path)) / SAMPLE_RATE
 
 
@@ -124,7 +125,9 @@ def _open(source: str | os.PathLike[str] | bytes | Readable, place: str) -> Bina
     if os.fspath(source) == "-":
         return _Bytes(sys.stdin.buffer.read())
     try:
-        return _Bytes(Path(source).read_bytes())
+        path = Path(source)
+        device = path.is_char_device() or path.is_block_device()  # without an end
+        return _Bytes(b"" if device else path.read_bytes())
     except FileNotFoundError:
         raise AudioError(f"{place}: no such file; check the path") from None
     except IsADirectoryError:
@@ -159,6 +162,7 @@ def _read_samples(file: soundfile.SoundFile, place: str) -> npt.NDArray[np.float
     blocks = []
     while len(block := file.read(READ_FRAMES, dtype="float32", always_2d=True)):
         blocks.append(block)
+        _check_size(sum(map(len, blocks)) * file.channels, place)
     samples = np.concatenate(blocks or [np.zeros((0, 1), np.float32)])
     if len(samples) < file.frames < UNKNOWN_FRAMES:
         raise AudioError(f"{place}: truncated, {len(samples)} of {file.frames} samples could be read; copy it again")
@@ -166,6 +170,12 @@ def _read_samples(file: soundfile.SoundFile, place: str) -> npt.NDArray[np.float
         if int(there) < int(promised) < _STREAMED_BYTES:
             raise AudioError(f"{place}: truncated, {there} of {promised} bytes of samples are there; copy it again")
     return samples
+
+
+def _check_size(num_values: int, place: str) -> None:
+    """Stop decoding what a few bytes were blown up to: a megabyte of FLAC can stand for 80 GB of silence."""
+    if num_values > MAX_VALUES:
+        raise AudioError(f"{place}: over {MAX_VALUES} samples in all channels; cut it into pieces")
 
 
 def _av_container(head: bytes) -> str | None:
@@ -188,7 +198,11 @@ def _decode_with_av(stream: BinaryIO, place: str, container: str) -> tuple[npt.N
                 raise AudioError(f"{place}: {container} with an unknown audio codec; convert it to wav or flac")
             rate = file.streams.audio[0].rate
             resampler = av.AudioResampler(format="fltp")
-            frames = [out for frame in file.decode(audio=0) for out in resampler.resample(frame)]
+            frames, num_values = [], 0
+            for frame in file.decode(audio=0):
+                frames += resampler.resample(frame)
+                num_values += frame.samples * frame.layout.nb_channels
+                _check_size(num_values, place)
             frames += resampler.resample(None)
     except av.FFmpegError as error:
         raise AudioError(f"{place}: damaged {container} ({error.strerror}); convert it to wav or flac") from None

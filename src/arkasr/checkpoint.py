@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from arkasr import config as configs
 from arkasr import files, hub, pins, text
 from arkasr.config import ModelConfig
-from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
+from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
 
 DTYPES = ("F32", "BF16", "F16")
 # The published 3B has some 900 tensors in 130 kB of header; safetensors itself would read up to 100 MB.
@@ -150,7 +150,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
         raise CheckpointMismatchError(f"{index_path}: not a safetensors index; fetch the file again") from None
     for name in names:
         if not isinstance(name, str) or not files.is_weights(name):
-            raise CheckpointMismatchError(f"{index_path}: {name!r} is not a weights file beside the index")
+            raise CheckpointMismatchError(f"{index_path}: {quoted(name)} is not a weights file beside the index")
         if not (folder / name).exists():
             raise ModelNotFoundError(f"{folder / name}: missing, {files.INDEX} names it; fetch the weights again")
     return tuple(folder / name for name in names)
@@ -162,7 +162,7 @@ def _match(folder: Path, config: ModelConfig, shards: tuple[Path, ...]) -> None:
         for name, shape in _headers(shard).items():
             if name in found:
                 raise CheckpointMismatchError(
-                    f"{shard}: tensor {name} is also in another shard; fetch the weights again"
+                    f"{shard}: tensor {quoted(name)} is also in another shard; fetch the weights again"
                 )
             found[name] = shape
     specs = {spec.hf_name: spec.shape for spec in tensor_specs(config)}
@@ -176,10 +176,14 @@ def _match(folder: Path, config: ModelConfig, shards: tuple[Path, ...]) -> None:
     for kind, names in (("missing", missing), ("surplus", surplus)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointMismatchError(f"{folder}: {kind} tensor {min(names)}{more}; not the config's architecture")
+            raise CheckpointMismatchError(
+                f"{folder}: {kind} tensor {quoted(min(names))}{more}; not the config's architecture"
+            )
     for name, shape in found.items():
         if name in specs and shape != specs[name]:
-            raise CheckpointMismatchError(f"{folder}: tensor {name} has shape {shape}, config.json says {specs[name]}")
+            raise CheckpointMismatchError(
+                f"{folder}: tensor {quoted(name)} has shape {quoted(shape)}, config.json says {specs[name]}"
+            )
 
 
 def _headers(shard: Path) -> Mapping[str, tuple[int, ...]]:
@@ -197,8 +201,10 @@ def _headers(shard: Path) -> Mapping[str, tuple[int, ...]]:
             for name, piece in slices.items():
                 if piece.get_dtype() not in DTYPES:
                     raise CheckpointMismatchError(
-                        f"{shard}: tensor {name} is {piece.get_dtype()}; arkasr reads {', '.join(DTYPES)}"
+                        f"{shard}: tensor {quoted(name)} is {piece.get_dtype()}; arkasr reads {', '.join(DTYPES)}"
                     )
             return {name: tuple(piece.get_shape()) for name, piece in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointMismatchError(f"{shard}: damaged safetensors file ({error}); fetch it again") from None
+        raise CheckpointMismatchError(
+            f"{shard}: damaged safetensors file ({quoted(str(error))}); fetch it again"
+        ) from None

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from arkasr import files
-from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
+from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
 
 MAX_CLIP_S = 30  # one pass of the encoder; fixed by the architecture
 # Beyond these a config is damaged or hostile, and building the table of its tensors would take the memory.
 MAX_SIZE, MAX_LAYERS, MAX_NUMBER = 2**24, 1024, 1e30
+# These two cost memory that no weights in the file stand for.
+MAX_MELS, MAX_POSITIONS = 1024, 2**16
 ADAPTER_ACTIVATIONS = ("gelu", "relu", "selu")
 
 
@@ -86,15 +88,15 @@ def from_mapping(raw: Mapping[str, Any], place: str = "config.json") -> ModelCon
     read.fixed("use_sliding_window", False)
     whisper.fixed("activation_function", "gelu")
     config = ModelConfig(
-        num_mels=whisper.size("num_mel_bins"),
+        num_mels=whisper.size("num_mel_bins", limit=MAX_MELS),
         encoder_dim=whisper.size("d_model"),
         encoder_layers=whisper.size("encoder_layers", limit=MAX_LAYERS),
         encoder_heads=whisper.size("encoder_attention_heads"),
         encoder_ffn_dim=whisper.size("encoder_ffn_dim"),
-        max_encoder_frames=whisper.size("max_source_positions"),
+        max_encoder_frames=whisper.size("max_source_positions", limit=MAX_POSITIONS),
         use_rope=read.flag("use_rope", True),
         merge_factor=read.size("merge_factor", 4),
-        adapter_activation=str(raw.get("mlp_adapter_act", "gelu")),
+        adapter_activation=read.text("mlp_adapter_act", "gelu"),
         hidden_dim=read.size("hidden_size"),
         decoder_layers=read.size("num_hidden_layers", limit=MAX_LAYERS),
         decoder_heads=read.size("num_attention_heads"),
@@ -137,16 +139,17 @@ def _check(config: ModelConfig, raw: Mapping[str, Any], place: str) -> None:
     )
     must(
         raw.get("head_dim") in (None, config.decoder_head_dim),
-        f"head_dim {raw.get('head_dim')} contradicts hidden_size / num_attention_heads = {config.decoder_head_dim}",
+        f"head_dim {quoted(raw.get('head_dim'))} contradicts hidden_size / num_attention_heads = "
+        f"{config.decoder_head_dim}",
     )
     must(
         raw.get("max_whisper_length", config.max_encoder_frames) == config.max_encoder_frames,
-        f"max_whisper_length {raw.get('max_whisper_length')} contradicts max_source_positions "
+        f"max_whisper_length {quoted(raw.get('max_whisper_length'))} contradicts max_source_positions "
         f"{config.max_encoder_frames}",
     )
     must(
         config.adapter_activation in ADAPTER_ACTIVATIONS,
-        f"mlp_adapter_act {config.adapter_activation!r} is none of {', '.join(ADAPTER_ACTIVATIONS)}",
+        f"mlp_adapter_act {quoted(config.adapter_activation)} is none of {', '.join(ADAPTER_ACTIVATIONS)}",
     )
     must(
         config.use_rope or config.max_encoder_frames >= MAX_CLIP_S * 50,
@@ -154,7 +157,7 @@ def _check(config: ModelConfig, raw: Mapping[str, Any], place: str) -> None:
     )
     for key in ("audio_token_id", "bos_token_id", "pad_token_id", "eos_token_id"):
         ids = config.eos_token_ids if key == "eos_token_id" else (vars(config)[key],)
-        must(max(ids) < config.vocab_size, f"{key} {max(ids)} is outside vocab_size {config.vocab_size}")
+        must(max(ids) < config.vocab_size, f"{key} {quoted(max(ids))} is outside vocab_size {config.vocab_size}")
 
 
 def to_mapping(config: ModelConfig) -> dict[str, Any]:
@@ -209,7 +212,7 @@ class _Reader:
         return value
 
     def _wrong(self, key: str, value: object, wanted: str) -> CheckpointMismatchError:
-        return CheckpointMismatchError(f"{self.place}: {key} is {value!r}, wanted {wanted}")
+        return CheckpointMismatchError(f"{self.place}: {key} is {quoted(value)}, wanted {wanted}")
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         value = self._get(key)
@@ -243,6 +246,12 @@ class _Reader:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < MAX_NUMBER:
             raise self._wrong(key, value, "a positive number")
         return float(value)
+
+    def text(self, key: str, default: str) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a word")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)

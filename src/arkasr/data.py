@@ -6,6 +6,8 @@ field is an error, because a misspelt one would otherwise be lost without a word
 """
 
 import json
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +15,16 @@ from typing import Any
 
 from arkasr import audio
 from arkasr.audio import SAMPLE_RATE, Waveform
-from arkasr.errors import AudioError, UsageError
+from arkasr.errors import AudioError, UsageError, quoted
 
 FIELDS = {
     "audio", "text", "task", "begin_time", "end_time", "language", "duration", "id", "units",
     "source", "speaker", "license", "split", "sample_rate", "orig", "note", "segments",
 }  # fmt: skip
+
+MAX_LINE_CHARS = 2**20
+MAX_S = 1e9
+_PATH = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,4096}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Utterance:
         Raises:
             AudioError: the file cannot be read, or begin_time lies behind its end.
         """
+        _check_file(self.audio)
         samples = audio.load(self.audio)
         if self.begin_s is None:
             return samples
@@ -56,17 +63,13 @@ def read_manifest(path: Path, *, split: str | None = None) -> Iterator[Utterance
     Raises:
         UsageError: the file is missing, or a line is not a valid record; the line is named.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); give a JSONL manifest") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{place}: not JSON ({error}); one object a line") from None
         if not isinstance(record, dict):
             raise UsageError(f"{place}: not a JSON object; one object a line")
@@ -74,20 +77,44 @@ def read_manifest(path: Path, *, split: str | None = None) -> Iterator[Utterance
             yield _utterance(record, path.parent, place)
 
 
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            while line := file.readline(MAX_LINE_CHARS + 1):
+                if len(line) > MAX_LINE_CHARS:
+                    raise UsageError(f"{path}: a line of over {MAX_LINE_CHARS} characters; give a JSONL manifest")
+                yield line
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give a JSONL manifest") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 ({error}); give a JSONL manifest") from None
+
+
+def _check_file(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # the loader says it better
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise AudioError(f"{path}: a device or pipe; name an audio file")
+
+
 def _utterance(record: dict[str, Any], folder: Path, place: str) -> Utterance:
     def typed(key: str, kind: type | tuple[type, ...], default: object) -> Any:
         value = record.get(key, default)
-        if value is not None and not isinstance(value, kind):
-            raise UsageError(f"{place}: {key} is {value!r}; see the manifest's fields in docs/training.md")
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, int | float) and not -MAX_S < value < MAX_S):
+            raise UsageError(f"{place}: {key} is {quoted(value)}; see the manifest's fields in docs/training.md")
         return value
 
     unknown = record.keys() - FIELDS
     if unknown:
-        raise UsageError(f"{place}: unknown field {min(unknown)!r}; rename or remove it")
-    if not typed("audio", str, None):
-        raise UsageError(f"{place}: no audio; give the path of a file")
+        raise UsageError(f"{place}: unknown field {quoted(min(unknown))}; rename or remove it")
+    if not typed("audio", str, None) or not _PATH.fullmatch(record["audio"]):
+        raise UsageError(f"{place}: no audio, or one that is no path; give the path of a file")
     if typed("task", str, "asr").lower() != "asr":
-        raise UsageError(f"{place}: task is {record['task']!r}; only asr is known")
+        raise UsageError(f"{place}: task is {quoted(record['task'])}; only asr is known")
     number = (int, float)
     begin_s, end_s, duration_s = (typed(key, number, None) for key in ("begin_time", "end_time", "duration"))
     if begin_s is not None and begin_s < 0:
@@ -95,6 +122,7 @@ def _utterance(record: dict[str, Any], folder: Path, place: str) -> Utterance:
     if begin_s is None or (end_s is not None and end_s <= begin_s):
         end_s = None
     path = folder / record["audio"]
+    _check_file(path)
     if duration_s is None:
         duration_s = end_s - begin_s if begin_s is not None and end_s is not None else audio.duration_s(path)
     units = typed("units", str, None)

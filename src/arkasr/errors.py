@@ -1,5 +1,15 @@
 """Every mistake a user can make raises one of these; each is also the standard error a caller would expect."""
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def quoted(value: object) -> str:
+    """`repr` in one short line: how a message quotes what somebody else wrote, be it nested, huge or binary."""
+    return _SHORT.repr(value)
+
 
 class ArkASRError(Exception):
     """Base of all errors that arkasr raises on purpose; the message names the thing, the place and the remedy."""

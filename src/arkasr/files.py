@@ -30,7 +30,7 @@ _MAX_BYTES = {
     "generation_config.json": _MIB,
     WEIGHTS: 50 * _GIB,
     INDEX: 16 * _MIB,
-    TOKENIZER: 64 * _MIB,
+    TOKENIZER: 32 * _MIB,
     "vocab.json": 32 * _MIB,
     "merges.txt": 32 * _MIB,
     "added_tokens.json": 4 * _MIB,
@@ -68,8 +68,9 @@ def max_bytes(name: str) -> int:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename, so that `path` is always complete or as it was."""
     part = path.with_name(path.name + PART)
+    part.unlink(missing_ok=True)  # left over, or a link by which we would write somebody else's file
     try:
-        part.touch()
+        part.touch(exist_ok=False)
         mode = part.stat().st_mode
         write(part)
         part.chmod(mode)  # safetensors writes files that only their owner may read
@@ -117,13 +118,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     check(path)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=_unique)
     except OSError as error:
         raise ModelNotFoundError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointMismatchError(f"{path}: not JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise CheckpointMismatchError(f"{path}: not a JSON object; fetch the file again")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once: other readers of the same bytes may take the first where we take the last."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice in one object")
     return value
 
 

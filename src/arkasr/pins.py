@@ -6,17 +6,19 @@ from what it was then; sizes are compared at every load.
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from arkasr import files
-from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
+from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
 
 SHIPPED = Path(__file__).parent / "weights"
 LOCK = "arkasr.lock.json"
 STAMPS = "arkasr.checked.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +82,7 @@ def read_lock(folder: Path) -> Lock | None:
         return None
     raw = files.read_json(path)
     try:
-        known = {name: files.Known(int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
+        known = {name: _known(name, entry) for name, entry in raw["files"].items()}
         lock = Lock(str(raw["repo_id"]), str(raw["revision"]), known)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise CheckpointMismatchError(f"{path}: damaged lock file; remove the model and pull it again") from None
@@ -90,6 +92,14 @@ def read_lock(folder: Path) -> Lock | None:
                 f"{path}: contradicts what is pinned for {name}; remove the model and pull it again"
             )
     return lock
+
+
+def _known(name: str, entry: Mapping[str, Any]) -> files.Known:
+    """One entry of a lock file; a name that is no file of a checkpoint could lead us to hash any file there is."""
+    size, sha256 = entry["size"], entry["sha256"]
+    if not (files.is_published(name) and isinstance(size, int) and 0 <= size < 2**63 and _SHA256.fullmatch(sha256)):
+        raise ValueError(name)
+    return files.Known(size, sha256)
 
 
 def check(folder: Path) -> None:
@@ -121,7 +131,7 @@ def verify(folder: Path) -> Lock | None:
     lock = read_lock(folder)
     if lock is None:
         return None
-    wrong = _differences(folder, lock, hashes=True) + [f"{name} is foreign" for name in _others(folder, lock)]
+    wrong = _differences(folder, lock, hashes=True) + [f"{quoted(name)} is foreign" for name in _others(folder, lock)]
     if wrong:
         raise _damaged(folder, wrong)
     _remember(folder, lock)

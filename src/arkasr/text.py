@@ -6,16 +6,18 @@ Unusual: there is no system turn, newline or BOS, and the instruction is not opt
 weights stop at once. Every id is looked up by its string, so a checkpoint with another vocabulary works unchanged.
 """
 
+import json
 import re
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from arkasr import files
-from arkasr.errors import ArkASRError, CheckpointMismatchError, ModelNotFoundError
+from arkasr.errors import ArkASRError, CheckpointMismatchError, ModelNotFoundError, quoted
 
 AUDIO = "<|audio|>"
 USER = "<|user|>"
@@ -29,6 +31,7 @@ NEEDED = (AUDIO, USER, BEGIN_OF_AUDIO, END_OF_AUDIO, ASSISTANT, SYSTEM, IM_END)
 INSTRUCTION = "Please transcribe this audio."
 CUT_AT = (USER, ASSISTANT, IM_END)
 LEADING_JUNK = " ,.;:!?-"
+MAX_TOKEN_CHARS = 1024  # the longest published token has 128; a clip may repeat it 300 times
 
 # Qwen2's pre-tokenizer: contractions, words with one leading character, single digits, punctuation, white space.
 PRE_TOKENIZER = (
@@ -57,15 +60,17 @@ class TextRules:
         self.vocab_size = vocab_size
         self.audio_id = self._ids[AUDIO]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self._ids[IM_END], *eos_token_ids)))
-        self.allowed_ids = self._allowed()
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self.allowed_ids = self._allowed(vocab)
         self.allowed_ids.flags.writeable = False
+        self._instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False).ids
+        self._check(vocab, place)
 
     def prompt_ids(self, num_audio_tokens: int) -> list[int]:
         """The prompt of a clip; the `<|audio|>` ids mark where its embeddings go."""
         ids = self._ids
-        instruction = self._tokenizer.encode(INSTRUCTION, add_special_tokens=False).ids
         audio = [self.audio_id] * num_audio_tokens
-        return [ids[USER], ids[BEGIN_OF_AUDIO], *audio, ids[END_OF_AUDIO], *instruction, ids[ASSISTANT]]
+        return [ids[USER], ids[BEGIN_OF_AUDIO], *audio, ids[END_OF_AUDIO], *self._instruction, ids[ASSISTANT]]
 
     def target_ids(self, text: str) -> list[int]:
         """What a model is trained to emit for a transcript: its tokens, then the stop token."""
@@ -79,14 +84,29 @@ class TextRules:
             text = text.split(token, 1)[0]
         return " ".join(text.split()).lstrip(LEADING_JUNK)
 
-    def _allowed(self) -> npt.NDArray[np.bool_]:
+    def _check(self, vocab: dict[str, int], place: str) -> None:
+        """Refuse ids that would index outside the embeddings or the audio, and tokens that would fill the memory."""
+        if len(set(self._ids.values())) < len(NEEDED):
+            raise CheckpointMismatchError(f"{place}: two of {', '.join(NEEDED)} have the same id")
+        added = self._tokenizer.get_added_tokens_decoder()
+        for token, token_id in vocab.items():
+            if len(token) > MAX_TOKEN_CHARS:
+                raise CheckpointMismatchError(f"{place}: token {quoted(token)} has {len(token)} characters")
+            if token_id >= self.vocab_size and token_id not in added:
+                raise CheckpointMismatchError(
+                    f"{place}: {quoted(token)} has id {token_id}, vocab_size is {self.vocab_size}"
+                )
+        if max(self._instruction, default=0) >= self.vocab_size or set(self._instruction) & set(self._ids.values()):
+            raise CheckpointMismatchError(f"{place}: {INSTRUCTION!r} is {quoted(self._instruction)}, not ordinary text")
+
+    def _allowed(self, vocab: dict[str, int]) -> npt.NDArray[np.bool_]:
         """Ids that may be emitted, [vocab_size]: ordinary text and the stop ids.
 
         Forbidden are special tokens, added tokens written <...>, everything after the last of ARK's own tokens (codec
         tokens of a shared vocabulary and padding of the embedding table), and ids the tokenizer does not know.
         """
         allowed = np.zeros(self.vocab_size, dtype=np.bool_)
-        known = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), dtype=np.int64)
+        known = np.fromiter(vocab.values(), dtype=np.int64)
         allowed[known[known <= self._ids[SYSTEM]]] = True
         for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
             if token_id < self.vocab_size and (token.special or re.fullmatch(r"<.*>", token.content, re.DOTALL)):
@@ -109,17 +129,47 @@ def load(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...], audio
         raise ModelNotFoundError(f"{folder}: neither {files.TOKENIZER} nor vocab.json; fetch the tokenizer's files")
     files.check(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path)) if path.name == files.TOKENIZER else _from_vocab(folder)
+        tokenizer = _from_tokenizer(path) if path.name == files.TOKENIZER else _from_vocab(folder)
     except ArkASRError:
         raise
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for every damaged file
-        raise CheckpointMismatchError(f"{path}: not a tokenizer ({error}); fetch the file again") from None
+        raise CheckpointMismatchError(f"{path}: not a tokenizer ({quoted(str(error))}); fetch the file again") from None
     rules = TextRules(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids, place=str(path))
     if rules.audio_id != audio_token_id:
         raise CheckpointMismatchError(
             f"{path}: {AUDIO} has id {rules.audio_id}, config.json says audio_token_id {audio_token_id}"
         )
     return rules
+
+
+def _from_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, after checking that it is Qwen2's in all but vocabulary.
+
+    Other parts could double a text thirty times over, pad it to gigabytes, or search it for hours.
+    """
+    raw = files.read_json(path)
+    qwen2 = Tokenizer(models.BPE())
+    configure_byte_level(qwen2)
+    wanted = json.loads(qwen2.to_str())
+    offsets = json.loads(qwen2.to_str().replace('"trim_offsets":true', '"trim_offsets":false'))  # we ask for no offsets
+    parts = {part: raw.get(part) for part in ("truncation", "padding", "normalizer", "pre_tokenizer")}
+    wrong = [part for part, value in parts.items() if value not in (wanted[part], offsets[part])]
+    if _type(raw, "decoder") != "ByteLevel":
+        wrong.append("decoder")
+    if _type(raw, "post_processor") not in (None, "ByteLevel"):
+        wrong.append("post_processor")
+    model = raw.get("model")
+    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
+    if _type(raw, "model") != "BPE" or not isinstance(model, dict) or any(model.get(option) for option in options):
+        wrong.append("model")
+    if wrong:
+        raise CheckpointMismatchError(f"{path}: {wrong[0]} is not Qwen2's; fetch the file again")
+    return Tokenizer.from_file(str(path))
+
+
+def _type(raw: dict[str, Any], part: str) -> object:
+    value = raw.get(part)
+    return value.get("type", "untyped") if isinstance(value, dict) else value
 
 
 def _from_vocab(folder: Path) -> Tokenizer:
@@ -130,11 +180,13 @@ def _from_vocab(folder: Path) -> Tokenizer:
     configure_byte_level(tokenizer)
     added_path = folder / "added_tokens.json"
     added: dict[str, int] = files.read_json(added_path) if added_path.exists() else {}
-    for content, token_id in sorted(added.items(), key=lambda item: item[1]):
-        tokenizer.add_tokens([AddedToken(content, normalized=False, special=content.startswith("<|"))])
-        if tokenizer.token_to_id(content) != token_id:
+    contents = sorted(added, key=lambda content: added[content])
+    tokenizer.add_tokens([AddedToken(c, normalized=False, special=c.startswith("<|")) for c in contents])
+    for content in contents:
+        if tokenizer.token_to_id(content) != added[content]:
             raise CheckpointMismatchError(
-                f"{added_path}: {content} has id {token_id}, but {tokenizer.token_to_id(content)} is its place"
+                f"{added_path}: {quoted(content)} has id {quoted(added[content])}, but "
+                f"{tokenizer.token_to_id(content)} is its place"
             )
     return tokenizer
 
