@@ -129,12 +129,6 @@ def measure_size(size: str, scratch: Path) -> list[dict[str, Any]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def uncommitted_sources() -> list[str]:
-    """Files under src that are not as in the commit, so that the record does not claim more than it knows."""
-    git = ["git", "-C", str(ROOT), "status", "--porcelain", "src"]
-    return [line[3:] for line in subprocess.run(git, check=True, capture_output=True, text=True).stdout.splitlines()]
-
-
 def main() -> None:
     """Measure, print, write; or be the measured process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -151,7 +145,6 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **loop.provenance(),
-        "uncommitted": uncommitted_sources(),
         "others_load": round(os.getloadavg()[0], 2),  # before the first run: what else the machine was doing
         **{name: version(name) for name in ("numpy", "safetensors", "tokenizers")},
         "clip_s": CLIP_S,

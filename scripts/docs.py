@@ -55,6 +55,8 @@ def full_size_table() -> str:
     """What bench/full_size.py measured last."""
     path = max((ROOT / "bench" / "results").glob("*-full-size.json"))
     measured = json.loads(path.read_text())
+    where = "{cpus} cores ({processor})".format_map(measured)
+    source = f"Medians of 3 processes by `bench/full_size.py`, engine pytorch, from the page cache, on {where}:"
     rows = [
         "| random weights | weights | load | 10 s clip, 8 tokens | peak memory |",
         "|---|---|---|---|---|",
@@ -63,9 +65,9 @@ def full_size_table() -> str:
             f"| {case['transcribe_again_s']:.1f} s | {case['peak_gb']:.1f} GB |"
             for case in measured["cases"]
         ),
-        "\nMedians of 3 processes by `bench/full_size.py`, engine pytorch, on {cpus} cores ({processor}), from the page\n"
-        "cache; ".format_map(measured)
-        + f"[{path.name}](../bench/results/{path.name}).",
+        "",
+        source,
+        f"[{path.name}](../bench/results/{path.name}).",
     ]
     return "\n".join(rows)
 

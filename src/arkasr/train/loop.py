@@ -171,7 +171,8 @@ def forget_metrics_after(folder: Path, step: int) -> None:
 
 def provenance() -> dict[str, str]:
     """Commit, versions and hardware, written beside every run."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    # With "-dirty" where tracked files are not as in the commit.
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "commit": commit or "not in a git checkout",
