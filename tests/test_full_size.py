@@ -167,25 +167,25 @@ def rename(shapes: Shapes, name: str) -> str:
     """As a careless converter does: the file's name for it, in another style."""
     shapes[name.upper()] = shapes.pop(name)
     # Positions may be absent, since they are unused with RoPE; their new name is then one too many.
-    return f"surplus tensor {name.upper()}" if name == POSITIONS else f"missing tensor {name}"
+    return f"surplus tensor '{name.upper()}'" if name == POSITIONS else f"missing tensor '{name}'"
 
 
 def omit(shapes: Shapes, name: str) -> str:
     del shapes[name]
-    return "" if name == POSITIONS else f"missing tensor {name}"
+    return "" if name == POSITIONS else f"missing tensor '{name}'"
 
 
 def add(shapes: Shapes, name: str) -> str:
     """A layer more, or something beside the tensor."""
     extra = re.sub(r"layers\.\d+\.", "layers.36.", name) if "layers." in name else name + "_scale"
     shapes[extra] = shapes[name]
-    return f"surplus tensor {extra}"
+    return f"surplus tensor '{extra}'"
 
 
 def reshape(shapes: Shapes, name: str) -> str:
     shape = shapes[name]
     shapes[name] = shape[::-1] if shape[::-1] != shape else (*shape[:-1], shape[-1] + 1)
-    return f"tensor {name} has shape {shapes[name]}"
+    return f"tensor '{name}' has shape {shapes[name]}"
 
 
 @pytest.mark.parametrize("damage", [rename, omit, add, reshape])
