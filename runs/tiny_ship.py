@@ -1,4 +1,8 @@
-"""Puts a trained model into the package, in bfloat16 and in the published layout: python runs/tiny_ship.py MODEL."""
+"""Puts a trained model into the package, in bfloat16 and in the published layout.
+
+python runs/tiny_ship.py MODEL   # then put the printed hashes into PINS of src/arkasr/pins.py
+python runs/tiny_ship.py         # makes the export of what is shipped
+"""
 
 import shutil
 import sys
@@ -6,16 +10,26 @@ from pathlib import Path
 
 import torch
 
-from arkasr import checkpoint, files, model, pins
+from arkasr import checkpoint, export, files, model, pins
+
+TARGET = pins.SHIPPED / "tiny"
 
 
-def main(folder: Path) -> None:
-    target = pins.SHIPPED / "tiny"
-    model.save(model.load(checkpoint.open_checkpoint(folder)), target, dtype=torch.bfloat16)
-    shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
-    print("for PINS in src/arkasr/pins.py:", {path.name: files.sha256(path) for path in sorted(target.iterdir())})
-    print(target, sum(path.stat().st_size for path in target.iterdir()), "bytes")
+def ship(folder: Path) -> None:
+    model.save(model.load(checkpoint.open_checkpoint(folder)), TARGET, dtype=torch.bfloat16)
+    shutil.copyfile(folder / "tokenizer.json", TARGET / "tokenizer.json")
+    print({path.name: files.sha256(path) for path in sorted(TARGET.iterdir())})
+
+
+def ship_export() -> None:
+    folder = pins.SHIPPED / "tiny-int8"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    export.write(checkpoint.open_checkpoint("tiny"), folder, "int8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        ship(Path(sys.argv[1]))
+    else:
+        ship_export()

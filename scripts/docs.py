@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODELS = tuple(f"ark-asr models{action}" for action in ("", " list", " pull", " verify", " path", " remove"))
@@ -72,6 +73,45 @@ def full_size_table() -> str:
     return "\n".join(rows)
 
 
+def cpu_tables() -> str:
+    """What bench/cpu.py measured last, for each set of sizes and instructions."""
+    latest = {}
+    for path in sorted((ROOT / "bench" / "results").glob("*-cpu.json")):
+        measured = json.loads(path.read_text())
+        latest[tuple(measured["files"]), measured["instructions"]] = path, measured
+    return "\n\n".join(cpu_table(path, measured) for path, measured in latest.values())
+
+
+def cpu_table(path: Path, measured: dict[str, Any]) -> str:
+    """One record of bench/cpu.py: a chart, and a row for each contender and clip."""
+    place = f"../bench/results/{path.name}"
+    rows = [
+        "{cpus} cores ({processor}), {instructions}, {rounds} rounds:".format_map(measured)
+        + f" [{path.name}]({place})",
+        f"\n![RTFx of each contender]({Path(place).with_suffix('.svg')})\n",
+        "| | clip | RTFx (least to most) | times as fast | first token | a token | load | peak memory | on disk |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in measured["cases"]:
+        rtfx, faster = case["rtfx"], case.get("times_faster")
+        rows.append(
+            f"| {case['size']} {case['contender']} | {case['clip_s']} s "
+            f"| {rtfx['median']:.2f} ({rtfx['min']:.2f} to {rtfx['max']:.2f}) | {f'{faster:.1f}' if faster else ''} "
+            f"| {case['first_token_s']['median']:.2f} s | {case['ms_per_token']['median']:.0f} ms "
+            f"| {case['load_s']['median']:.1f} s | {case['peak_bytes']['median'] / 1e9:.1f} GB "
+            f"| {case['disk_bytes'] / 1e9:.1f} GB |"
+        )
+    batched = measured["batched"]
+    if batched is not None:
+        alone, together = (batched[key]["rtfx"]["median"] for key in ("batch_1", f"batch_{batched['clips']}"))
+        rows.append(
+            f"\n{batched['clips']} clips of 2 to 8 s, {batched['tokens']} tokens each, {batched['size']} "
+            f"{batched['contender']}: {alone:.2f} hours of audio an hour\none at a time, {together:.2f} in one batch; "
+            f"{batched['times_faster']['median']:.2f} times as fast."
+        )
+    return "\n".join(rows)
+
+
 def filled(page: str, name: str, table: str) -> str:
     """A page with the table between its markers."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -84,6 +124,7 @@ def main() -> None:
         "docs/cli.md": cli_page(),
         "README.md": filled("README.md", "tiny", tiny_table()),
         "docs/models.md": filled("docs/models.md", "full-size", full_size_table()),
+        "docs/benchmarks.md": filled("docs/benchmarks.md", "cpu", cpu_tables()),
     }
     for page, text in pages.items():
         path = ROOT / page

@@ -46,7 +46,7 @@ def small_config(tokenizer: Tokenizer) -> ModelConfig:
     vocab = tokenizer.get_vocab()
     return ModelConfig(
         num_mels=80, encoder_dim=32, encoder_layers=2, encoder_heads=4, encoder_ffn_dim=64, max_encoder_frames=1500,
-        use_rope=True, merge_factor=4, adapter_activation="gelu", hidden_dim=32, decoder_layers=2, decoder_heads=4,
+        use_rope=True, merge_factor=4, adapter_activation="gelu", hidden_dim=64, decoder_layers=2, decoder_heads=4,
         kv_heads=2, decoder_ffn_dim=48, vocab_size=tokenizer.get_vocab_size() + 11, tied_embeddings=True,
         rope_theta=1e6, rms_eps=1e-6, audio_token_id=vocab[text.AUDIO], bos_token_id=vocab["<|endoftext|>"],
         eos_token_ids=(vocab[text.IM_END],), pad_token_id=vocab["<|endoftext|>"],

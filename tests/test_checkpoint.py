@@ -331,7 +331,7 @@ def test_a_head_that_is_no_copy_is_refused(make_checkpoint: MakeCheckpoint) -> N
 
 def test_whole_number_tensors_are_refused(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint()
-    rewrite(folder, lambda state: state.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    rewrite(folder, lambda state: state.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
     assert "'model.norm.weight' is I8" in refused(folder)
 
 

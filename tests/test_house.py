@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
         ("frames to audio tokens", r"// ?merge_factor, 1", "audio.py"),
         ("instruction", r"Please transcribe", "text.py"),
         ("turn tokens", r"<\|(user|assistant|audio|im_end)\|>\"", "text.py"),
-        ("published names", r"self_attn|\.fc1\.weight", "checkpoint.py"),
+        ("published names", r"self_attn\.", "checkpoint.py"),
         ("edit distance", r"Levenshtein", "metrics.py"),
         ("cross-entropy", r"F\.cross_entropy", "losses.py"),
         ("renaming", r"\.part\"", "files.py"),

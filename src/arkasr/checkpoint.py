@@ -5,9 +5,12 @@ Unusual: shapes follow from the config, so every tensor is matched one to one be
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 - gives numpy the bfloat16 of the files
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from arkasr import config as configs
@@ -16,6 +19,8 @@ from arkasr.config import ModelConfig
 from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
 
 DTYPES = ("F32", "BF16", "F16")
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+TABLE_ROWS = 8192  # of the embedding table, which are read at once
 # The published 3B has some 900 tensors in 130 kB of header; safetensors itself would read up to 100 MB.
 MAX_HEADER_BYTES = 8 * 2**20
 # Present in some copies and replaced by an identity there.
@@ -50,7 +55,7 @@ TENSORS: tuple[tuple[str, str, tuple[str | int, ...]], ...] = (
     ("audio_encoder.adapting.0.bias", "adapter.up.bias", ("adapter_dim",)),
     ("audio_encoder.adapting.2.weight", "adapter.down.weight", (_H, "adapter_dim")),
     ("audio_encoder.adapting.2.bias", "adapter.down.bias", (_H,)),
-    ("model.embed_tokens.weight", "decoder.embed.weight", ("vocab_size", _H)),
+    (EMBEDDINGS, "decoder.embed.weight", ("vocab_size", _H)),
     ("model.layers.{n}.input_layernorm.weight", "decoder.layers.{n}.attention_norm.weight", (_H,)),
     ("model.layers.{n}.self_attn.q_proj.weight", "decoder.layers.{n}.q.weight", (_H, _H)),
     ("model.layers.{n}.self_attn.q_proj.bias", "decoder.layers.{n}.q.bias", (_H,)),
@@ -64,7 +69,7 @@ TENSORS: tuple[tuple[str, str, tuple[str | int, ...]], ...] = (
     ("model.layers.{n}.mlp.up_proj.weight", "decoder.layers.{n}.up.weight", (_M, _H)),
     ("model.layers.{n}.mlp.down_proj.weight", "decoder.layers.{n}.down.weight", (_H, _M)),
     ("model.norm.weight", "decoder.norm.weight", (_H,)),
-    ("lm_head.weight", "decoder.head.weight", ("vocab_size", _H)),
+    (HEAD, "decoder.head.weight", ("vocab_size", _H)),
 )
 
 
@@ -167,9 +172,9 @@ def _match(folder: Path, config: ModelConfig, shards: tuple[Path, ...]) -> None:
             found[name] = shape
     specs = {spec.hf_name: spec.shape for spec in tensor_specs(config)}
     surplus = found.keys() - specs.keys() - set(IGNORED)
-    if config.tied_embeddings and "lm_head.weight" in surplus:
-        specs["lm_head.weight"] = (config.vocab_size, config.hidden_dim)
-        surplus.remove("lm_head.weight")
+    if config.tied_embeddings and HEAD in surplus:
+        specs[HEAD] = (config.vocab_size, config.hidden_dim)
+        surplus.remove(HEAD)
     missing = specs.keys() - found.keys()
     if config.use_rope:
         missing.discard("audio_encoder.whisper.embed_positions.weight")
@@ -208,3 +213,25 @@ def _headers(shard: Path) -> Mapping[str, tuple[int, ...]]:
         raise CheckpointMismatchError(
             f"{shard}: damaged safetensors file ({quoted(str(error))}); fetch it again"
         ) from None
+
+
+def check_tied_head(source: Checkpoint) -> None:
+    """Compare a head that stands beside tied embeddings with them, as stored, some thousand rows at a time.
+
+    Raises:
+        CheckpointMismatchError: the head is not a copy.
+    """
+    if not source.config.tied_embeddings:
+        return
+    with ExitStack() as stack:
+        shards = [stack.enter_context(safe_open(shard, framework="np")) for shard in source.shards]
+        tied = [shard.get_slice(name) for shard in shards for name in sorted({HEAD, EMBEDDINGS} & set(shard.keys()))]
+        if len(tied) < 2:
+            return
+        num_rows = source.config.vocab_size
+        for start in range(0, num_rows, TABLE_ROWS):
+            one, other = (table[start : min(start + TABLE_ROWS, num_rows)] for table in tied)
+            if not np.array_equal(one, other):
+                raise CheckpointMismatchError(
+                    f"{source.folder}: {HEAD} differs from {EMBEDDINGS}, but config.json ties them"
+                )

@@ -64,6 +64,9 @@ class EngineChoice(StrEnum):
 class DtypeChoice(StrEnum):
     """Names of --dtype."""
 
+    AUTO = "auto"
+    INT8 = "int8"
+    INT4 = "int4"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -101,7 +104,9 @@ def transcribe(
     offline: OfflineOption = False,
     engine: Annotated[EngineChoice, typer.Option(help="What runs the network.")] = EngineChoice.AUTO,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[DtypeChoice, typer.Option(help="Precision of weights and arithmetic.")] = DtypeChoice.FLOAT32,
+    dtype: Annotated[
+        DtypeChoice, typer.Option(help="Precision; auto is int8 on a CPU and float32 on CUDA.")
+    ] = DtypeChoice.AUTO,
     max_new_tokens: Annotated[
         int, typer.Option(help="Most tokens a clip; its duration limits them too.")
     ] = MAX_NEW_TOKENS,
@@ -125,7 +130,7 @@ def transcribe(
         if model == "tiny":
             print(TINY_NOTICE, file=sys.stderr)
     folder = _pull(model, offline=offline)
-    transcriber = load_model(folder, engine=engine.value, device=device, dtype=dtype.value)
+    transcriber = load_model(folder, engine=engine.value, device=device, dtype=dtype.value, report=_report)
     failed = 0
     outcomes = transcriber.outcomes(files, options=options, batch_size=batch_size)
     with _progress(len(files), text_on_terminal=output_dir is None and sys.stdout.isatty()) as advance:
@@ -198,6 +203,10 @@ def _progress(total: int, *, text_on_terminal: bool) -> Iterator[Callable[[], No
         yield lambda: bar.advance(task)
 
 
+def _report(line: str) -> None:
+    print(f"ark-asr: {line}", file=sys.stderr)
+
+
 def _pull(model: str, *, offline: bool) -> Path:
     """The model's folder, downloaded with a bar on standard error if a person watches."""
     console = Console(stderr=True)
@@ -208,7 +217,7 @@ def _pull(model: str, *, offline: bool) -> Path:
         return hub.pull(
             model,
             offline=offline,
-            report=lambda line: print(f"ark-asr: {line}", file=sys.stderr),
+            report=_report,
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )
 

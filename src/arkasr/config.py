@@ -13,7 +13,10 @@ from typing import Any
 from arkasr import files
 from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
 
-MAX_CLIP_S = 30  # one pass of the encoder; fixed by the architecture
+# Fixed by the architecture: one pass of the encoder, its RoPE, and the epsilon of its norms.
+MAX_CLIP_S = 30
+ENCODER_ROPE_THETA = 10_000.0
+LAYER_NORM_EPS = 1e-5
 # Beyond these a config is damaged or hostile, and building the table of its tensors would take the memory.
 MAX_SIZE, MAX_LAYERS, MAX_NUMBER = 2**24, 1024, 1e30
 # These two cost memory that no weights in the file stand for.

@@ -21,6 +21,8 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "arkasr.export.json"
+EXPORTED = ("encoder.onnx", "encoder.bin", "decoder.onnx", "decoder.bin")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _MIB, _GIB = 2**20, 2**30
 # What a published checkpoint may consist of besides shards, and the most bytes of each. Nothing else is ever
@@ -62,7 +64,8 @@ def is_weights(name: str) -> bool:
 
 def max_bytes(name: str) -> int:
     """The most bytes a file of this name can have in an honest checkpoint."""
-    return _MAX_BYTES.get(name, _MAX_BYTES[WEIGHTS] if is_weights(name) else _MIB)
+    large = is_weights(name) or name in EXPORTED
+    return _MAX_BYTES.get(name, _MAX_BYTES[WEIGHTS] if large else _MIB)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -22,11 +22,8 @@ from torch import Tensor, nn
 from arkasr import checkpoint, files
 from arkasr import config as configs
 from arkasr.checkpoint import Checkpoint
-from arkasr.config import ModelConfig
-from arkasr.errors import CheckpointMismatchError
+from arkasr.config import ENCODER_ROPE_THETA, LAYER_NORM_EPS, ModelConfig
 
-ENCODER_ROPE_THETA = 10_000.0
-HF_HEAD, HF_EMBED = "lm_head.weight", "model.embed_tokens.weight"
 REOPEN_BYTES = 2**27
 FP16_LIMIT = 65504.0 - 1000.0
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "selu": F.selu}
@@ -63,12 +60,12 @@ class EncoderLayer(nn.Module):
         super().__init__()
         dim = config.encoder_dim
         self.num_heads = config.encoder_heads
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim, bias=False)
         self.v = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
-        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.fc1 = nn.Linear(dim, config.encoder_ffn_dim)
         self.fc2 = nn.Linear(config.encoder_ffn_dim, dim)
 
@@ -130,7 +127,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.merge_factor = config.merge_factor
         self.activation = config.adapter_activation
-        self.norm = nn.LayerNorm(config.encoder_dim)
+        self.norm = nn.LayerNorm(config.encoder_dim, eps=LAYER_NORM_EPS)
         self.up = nn.Linear(config.merge_factor * config.encoder_dim, 2 * config.hidden_dim)
         self.down = nn.Linear(2 * config.hidden_dim, config.hidden_dim)
 
@@ -297,7 +294,7 @@ def load(source: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str 
     """The model of an opened checkpoint, in inference mode; weights are read once, memory-mapped, tensor by tensor."""
     with torch.device("meta"):
         model = ArkASR(source.config)
-    _check_tied_head(source)
+    checkpoint.check_tied_head(source)
     ours = {spec.hf_name: spec.name for spec in checkpoint.tensor_specs(source.config)}
     state: dict[str, Tensor] = {}
     for shard in source.shards:
@@ -308,18 +305,6 @@ def load(source: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str 
         state["encoder.positions"] = torch.zeros(shape, dtype=dtype, device=device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
-
-
-def _check_tied_head(source: Checkpoint) -> None:
-    """A head beside tied embeddings must be a copy of them; it is compared as stored and then left on the disk."""
-    if not source.config.tied_embeddings:
-        return
-    tied: list[Tensor] = []
-    for shard in source.shards:
-        with safe_open(shard, framework="pt") as file:
-            tied += [file.get_tensor(name) for name in sorted(set(file.keys()) & {HF_HEAD, HF_EMBED})]
-    if len(tied) == 2 and not torch.equal(tied[0], tied[1]):
-        raise CheckpointMismatchError(f"{source.folder}: {HF_HEAD} differs from {HF_EMBED}, but config.json ties them")
 
 
 def _read(shard: Path, wanted: set[str], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:

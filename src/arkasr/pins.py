@@ -18,6 +18,7 @@ from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
 SHIPPED = Path(__file__).parent / "weights"
 LOCK = "arkasr.lock.json"
 STAMPS = "arkasr.checked.json"
+PULL_AGAIN = "remove the model and pull it again"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def read_lock(folder: Path) -> Lock | None:
     Raises:
         CheckpointMismatchError: the lock file is damaged or contradicts `PINS`.
     """
-    if folder.parent == SHIPPED:
+    if folder.parent == SHIPPED and folder.name in PINS:
         return Lock(None, None, {name: files.Known(None, sha256) for name, sha256 in PINS[folder.name].sha256.items()})
     path = folder / LOCK
     if not path.exists():
@@ -113,13 +114,24 @@ def check(folder: Path) -> None:
     lock = read_lock(folder)
     if lock is None:
         return
-    unchanged = folder.parent != SHIPPED and _stamps(folder, lock) == _read_stamps(folder)
-    wrong = _differences(folder, lock, hashes=not unchanged)
-    wrong += [f"{name} is not of this download" for name in _others(folder, lock) if files.is_published(name)]
+    wrong = [f"{name} is not of this download" for name in _others(folder, lock) if files.is_published(name)]
     if wrong:
         raise _damaged(folder, wrong)
+    check_files(folder, lock.files)
+
+
+def check_files(folder: Path, known: Mapping[str, files.Known], *, remedy: str = PULL_AGAIN) -> None:
+    """Compare files with what they must be: sizes always, hashes if one is not as it was last hashed.
+
+    Raises:
+        CheckpointMismatchError: files are damaged or missing; they are named.
+    """
+    unchanged = folder.parent != SHIPPED and _stamps(folder, known) == _read_stamps(folder)
+    wrong = _differences(folder, known, hashes=not unchanged)
+    if wrong:
+        raise _damaged(folder, wrong, remedy)
     if not unchanged:
-        _remember(folder, lock)
+        _remember(folder, known)
 
 
 def verify(folder: Path) -> Lock | None:
@@ -131,21 +143,23 @@ def verify(folder: Path) -> Lock | None:
     lock = read_lock(folder)
     if lock is None:
         return None
-    wrong = _differences(folder, lock, hashes=True) + [f"{quoted(name)} is foreign" for name in _others(folder, lock)]
+    wrong = _differences(folder, lock.files, hashes=True) + [
+        f"{quoted(name)} is foreign" for name in _others(folder, lock)
+    ]
     if wrong:
         raise _damaged(folder, wrong)
-    _remember(folder, lock)
+    _remember(folder, lock.files)
     return lock
 
 
-def _damaged(folder: Path, wrong: list[str]) -> CheckpointMismatchError:
-    return CheckpointMismatchError(f"{folder}: {'; '.join(wrong)}; remove the model and pull it again")
+def _damaged(folder: Path, wrong: list[str], remedy: str = PULL_AGAIN) -> CheckpointMismatchError:
+    return CheckpointMismatchError(f"{folder}: {'; '.join(wrong)}; {remedy}")
 
 
-def _differences(folder: Path, lock: Lock, *, hashes: bool) -> list[str]:
+def _differences(folder: Path, all_known: Mapping[str, files.Known], *, hashes: bool) -> list[str]:
     """What is wrong with each file, by size alone or by hash too."""
     wrong = []
-    for name, known in lock.files.items():
+    for name, known in all_known.items():
         path = folder / name
         if not path.is_file():
             wrong.append(f"{name} is missing")
@@ -160,9 +174,9 @@ def _others(folder: Path, lock: Lock) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in (*lock.files, LOCK, STAMPS))
 
 
-def _stamps(folder: Path, lock: Lock) -> dict[str, list[int]]:
+def _stamps(folder: Path, known: Mapping[str, files.Known]) -> dict[str, list[int]]:
     """Size and time of change of each file: while they stay, the bytes need not be hashed again."""
-    status = {name: (folder / name).stat() for name in lock.files if (folder / name).is_file()}
+    status = {name: (folder / name).stat() for name in known if (folder / name).is_file()}
     return {name: [s.st_size, s.st_mtime_ns] for name, s in status.items()}
 
 
@@ -176,14 +190,14 @@ def _read_stamps(folder: Path) -> dict[str, Any]:
 def write_lock(folder: Path, lock: Lock) -> None:
     """Write the lock file of a download whose files have just been hashed."""
     files.write_text_atomically(folder / LOCK, json.dumps(asdict(lock), indent=2) + "\n")
-    _remember(folder, lock)
+    _remember(folder, lock.files)
 
 
-def _remember(folder: Path, lock: Lock) -> None:
+def _remember(folder: Path, known: Mapping[str, files.Known]) -> None:
     """Note that the files were hashed as they are now; a folder that cannot be written is hashed at each load."""
     if folder.parent == SHIPPED:
         return
-    text = json.dumps(_stamps(folder, lock))
+    text = json.dumps(_stamps(folder, known))
     try:
         files.write_atomically(folder / STAMPS, lambda part: part.write_text(text))
     except OSError as error:

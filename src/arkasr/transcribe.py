@@ -1,8 +1,9 @@
 """Audio to text: load, generate, to_text, Transcript. The one place where the stages meet."""
 
+import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from arkasr.text import TextRules
 
 BATCH_SIZE = 8
 MAX_BATCH_SIZE = 1024
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,17 @@ def load_model(
     *,
     engine: EngineName | Engine = "auto",
     device: str = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
+    report: Callable[[str], object] = _log.info,
 ) -> Transcriber:
     """A recognizer from a built-in name or a checkpoint's folder.
 
     Args:
-        model: "tiny" or a folder in the published layout.
+        model: "tiny", "0.6b", "3b", "ORG/NAME@COMMIT" of a hub, or a folder in the published layout.
         engine: a name, or any object with the Engine protocol.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "auto" (int8 on a CPU), "float32", "int8", "int4", "bfloat16" or "float16".
+        report: takes a line when something takes long, such as the first conversion for the CPU.
 
     Raises:
         ModelNotFoundError: no such model.
@@ -160,5 +164,5 @@ def load_model(
     """
     source = checkpoint.open_checkpoint(model)
     if isinstance(engine, str):
-        engine = engines.load_engine(source, name=engine, device=device, dtype=dtype)
+        engine = engines.load_engine(source, name=engine, device=device, dtype=dtype, report=report)
     return Transcriber(engine, source.rules)

@@ -1,16 +1,20 @@
 """What every engine offers: waveforms in, token ids out. Everything before and after is shared by all engines."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.errors import MissingExtraError, UsageError
 
+_log = logging.getLogger(__name__)
+
 EngineName = Literal["auto", "pytorch", "onnx"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
 MAX_NEW_TOKENS = 256
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30  # beyond, float32 overflows to NaN
@@ -80,22 +84,60 @@ class Engine(Protocol):
 
 
 def load_engine(
-    source: Checkpoint, *, name: EngineName = "auto", device: str = "auto", dtype: Dtype = "float32"
+    source: Checkpoint,
+    *,
+    name: EngineName = "auto",
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    report: Callable[[str], object] = _log.info,
 ) -> Engine:
-    """The named engine over a checkpoint.
+    """The named engine over a checkpoint; "auto" is pytorch on CUDA and for 16-bit floats, else onnx.
+
+    Args:
+        source: the checkpoint.
+        name: "auto", "onnx" or "pytorch".
+        device: "auto", "cpu", "cuda" or "cuda:N"; onnx runs on the CPU.
+        dtype: "auto" is int8 for onnx and float32 for pytorch.
+        report: takes a line when something takes long, such as the first conversion for onnx.
 
     Raises:
         MissingExtraError: the engine's packages are not installed.
-        UsageError: no such engine, device or dtype.
+        UsageError: no such engine, device or dtype, or they do not go together.
     """
+    if name not in ("auto", "onnx", "pytorch"):
+        raise UsageError(f"engine {name!r}: no such engine; use auto, onnx or pytorch")
+    if name == "auto":
+        name = "pytorch" if _is_for_pytorch(device, dtype) else "onnx"
     if name == "onnx":
-        raise UsageError("engine onnx: not built yet; use --engine pytorch")
-    if name not in ("auto", "pytorch"):
-        raise UsageError(f"engine {name!r}: no such engine; use auto or pytorch")
+        return _load_onnx(source, device=device, dtype=dtype, report=report)
     try:
         from arkasr.engines.pytorch import PyTorchEngine
     except ImportError as error:
         if error.name != "torch":
             raise
         raise MissingExtraError("engine pytorch: PyTorch is not installed; pip install 'arkasr[torch]'") from None
-    return PyTorchEngine.load(source, device=device, dtype=dtype)
+    return PyTorchEngine.load(source, device=device, dtype="float32" if dtype == "auto" else dtype)
+
+
+def _is_for_pytorch(device: str, dtype: str) -> bool:
+    """Whether only PyTorch does what is asked, or a CUDA device is there; torch is imported only where that may be."""
+    if device not in ("auto", "cpu") or dtype in ("bfloat16", "float16"):
+        return True
+    if device == "cpu" or dtype in ("int8", "int4") or not Path("/dev/nvidiactl").exists():
+        return False
+    try:
+        from arkasr.engines import pytorch
+    except ImportError:
+        return False
+    return pytorch.has_cuda()
+
+
+def _load_onnx(source: Checkpoint, *, device: str, dtype: Dtype, report: Callable[[str], object]) -> Engine:
+    from arkasr.engines.onnx import OnnxEngine
+
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"engine onnx runs on the CPU, not on device {device}; use --engine pytorch")
+    precision = "int8" if dtype == "auto" else dtype
+    if precision not in ("float32", "int8", "int4"):
+        raise UsageError(f"engine onnx has no dtype {dtype}; use float32, int8 or int4, or --engine pytorch")
+    return OnnxEngine.load(source, precision=precision, report=report)

@@ -37,7 +37,7 @@ class PyTorchEngine:
     def load(cls, source: Checkpoint, *, device: str = "auto", dtype: Dtype = "float32") -> "PyTorchEngine":
         """An engine over a checkpoint; device "auto" is CUDA where there is one."""
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if has_cuda() else "cpu"
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r}: no such dtype; use one of {', '.join(DTYPES)}")
         try:
@@ -72,6 +72,11 @@ class PyTorchEngine:
             "decode": done - prefilled,
         }
         return rows.generations(timings_s)
+
+
+def has_cuda() -> bool:
+    """Whether PyTorch sees a CUDA device."""
+    return torch.cuda.is_available()
 
 
 def _now(device: torch.device) -> float:

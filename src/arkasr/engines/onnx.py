@@ -1,0 +1,252 @@
+"""The CPU engine: exported graphs in ONNX Runtime, without PyTorch.
+
+Unusual: no row is ever padded. Clips are encoded and prefilled one at a time, which already fills the processor; only
+the decode steps, which memory bounds, are shared by rows. A row that ends makes room for the next clip at once. Keys
+and values are written in place, and only token and log-probability leave the graph, not 600 kB of logits a step.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from arkasr import audio, export, files
+from arkasr.audio import Waveform
+from arkasr.checkpoint import Checkpoint
+from arkasr.config import ModelConfig
+from arkasr.engines import DecodeOptions, Generation
+from arkasr.errors import CheckpointMismatchError
+from arkasr.export import Precision, Table
+from arkasr.text import TextRules
+
+# They have no base but Exception.
+_ERRORS = (
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+)
+MAX_ROWS = 8  # that share a decode step; more rows gain little and cost cache memory
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass
+class _Row:
+    """One clip while it is decoded; `length` counts its positions in the cache."""
+
+    index: int
+    length: int
+    cap: int
+    generator: np.random.Generator
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_logprob: float | None = None
+
+
+class OnnxEngine:
+    """Runs an export of a checkpoint."""
+
+    def __init__(self, folder: Path, config: ModelConfig, rules: TextRules, *, threads: int = 0) -> None:
+        """An engine over an export's folder; threads 0 is one for each core.
+
+        Raises:
+            CheckpointMismatchError: the export is damaged, or not one that this ONNX Runtime can run.
+        """
+        manifest = export.read_manifest(folder)
+        self.config, self.rules = config, rules
+        self.encoder = _session(folder / "encoder.onnx", threads)
+        self.decoder = _session(folder / "decoder.onnx", threads)
+        try:
+            self.embed = _Embedding(folder / "decoder.bin", manifest.table, config)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise CheckpointMismatchError(
+                f"{folder / files.MANIFEST}: the table cannot be there ({error}); delete the folder"
+            ) from None
+        forbidden = np.where(rules.allowed_ids, 0, -np.inf).astype(np.float32)
+        self.forbidden = onnxruntime.OrtValue.ortvalue_from_numpy(forbidden)
+
+    @classmethod
+    def load(
+        cls, source: Checkpoint, *, precision: Precision, threads: int = 0, report: Callable[[str], object]
+    ) -> "OnnxEngine":
+        """An engine over a checkpoint, which is exported into the cache first where that has not been done."""
+        folder = export.find_or_write(source, precision, report=report)
+        return cls(folder, source.config, source.rules, threads=threads)
+
+    def generate(self, waveforms: Sequence[Waveform], options: DecodeOptions) -> list[Generation]:
+        """Recognize clips; see `Engine.generate`."""
+        caps = [options.token_cap(len(waveform)) for waveform in waveforms]
+        prompts = [self._prompt_ids(waveform) for waveform in waveforms]
+        capacity = max(map(len, prompts)) + max(caps)
+        batch = _Batch(self, min(len(waveforms), MAX_ROWS), capacity, sampled=options.temperature > 0)
+        seconds = dict.fromkeys(("log_mel", "encoder", "prefill", "decode"), 0.0)
+        done: list[_Row] = []
+        waiting = iter(range(len(waveforms)))
+        while True:
+            while len(batch.rows) < batch.max_rows and (index := next(waiting, None)) is not None:
+                x = self._prompt(waveforms[index], prompts[index], seconds)
+                started = time.perf_counter()
+                row = _Row(index, len(prompts[index]), caps[index], np.random.default_rng(options.seed))
+                batch.prefill(x, row)
+                done += batch.take(options, first=len(batch.rows) - 1)
+                seconds["prefill"] += time.perf_counter() - started
+            if not batch.rows:
+                break
+            started = time.perf_counter()
+            batch.step()
+            done += batch.take(options)
+            seconds["decode"] += time.perf_counter() - started
+        done.sort(key=lambda row: row.index)
+        return [Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, seconds) for row in done]
+
+    def _prompt_ids(self, waveform: Waveform) -> npt.NDArray[np.int64]:
+        num_tokens = audio.num_audio_tokens(len(waveform), self.config.merge_factor)
+        return np.array(self.rules.prompt_ids(num_tokens))
+
+    def _prompt(self, waveform: Waveform, ids: npt.NDArray[np.int64], seconds: dict[str, float]) -> Floats:
+        """Embeddings [1, T, H] of a clip's prompt, its audio tokens in their places."""
+        started = time.perf_counter()
+        mel = audio.log_mel(waveform, self.config.num_mels)
+        encoding = time.perf_counter()
+        (encoded,) = self.encoder.run(["audio"], {"mel": mel[None]})
+        seconds["log_mel"] += encoding - started
+        seconds["encoder"] += time.perf_counter() - encoding
+        x = self.embed(ids)
+        x[ids == self.rules.audio_id] = encoded[0]
+        return x[None]
+
+
+class _Batch:
+    """Rows that share decode steps, the first `len(rows)` places of the cache [rows, kv heads, capacity, D]."""
+
+    def __init__(self, engine: OnnxEngine, max_rows: int, capacity: int, *, sampled: bool) -> None:
+        config = engine.config
+        shape = (max_rows, config.kv_heads, capacity, config.decoder_head_dim)
+        self.max_rows = max_rows
+        self.rows: list[_Row] = []
+        self._engine = engine
+        self._names = [f"{kind}_{n}" for n in range(config.decoder_layers) for kind in ("keys", "values")]
+        self._cache = [np.zeros(shape, np.float32) for _ in self._names]
+        self._outputs = ["token", "logprob", *(["logits"] if sampled else [])]
+        self._answers: list[npt.NDArray[Any]] = []
+        self._next_ids: list[int] = []
+
+    def prefill(self, x: Floats, row: _Row) -> None:
+        """Run a prompt [1, T, H] in the next free place."""
+        place = len(self.rows)
+        self.rows.append(row)
+        self._next_ids.append(0)
+        self._run(x, [row.length], slice(place, place + 1))
+
+    def step(self) -> None:
+        """Run one more token of every row."""
+        for row in self.rows:
+            row.length += 1
+        x = self._engine.embed(np.array(self._next_ids))[:, None]
+        self._run(x, [row.length for row in self.rows], slice(0, len(self.rows)))
+
+    def _run(self, x: Floats, lengths: list[int], places: slice) -> None:
+        """X [B, T, H] of rows whose caches then hold `lengths` positions."""
+        binding = self._engine.decoder.io_binding()
+        inputs = {
+            "x": np.ascontiguousarray(x),
+            "last_position": np.array(lengths, np.int32) - 1,
+            "num_positions": np.array([max(lengths)], np.int32),
+        }
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        binding.bind_ortvalue_input("forbidden", self._engine.forbidden)
+        for name, cache in zip(self._names, self._cache, strict=True):
+            rows = cache[places]
+            binding.bind_input(f"past_{name}", "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+            binding.bind_output(f"present_{name}", "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu")
+        self._engine.decoder.run_with_iobinding(binding)
+        self._answers = [value.numpy() for value in binding.get_outputs()[-len(self._outputs) :]]
+
+    def take(self, options: DecodeOptions, *, first: int = 0) -> list[_Row]:
+        """Give the rows from `first` on the tokens that the last run chose; those that are done, taken out."""
+        done = []
+        for place in range(len(self.rows) - 1, first - 1, -1):
+            row = self.rows[place]
+            token, logprob = self._choose(row, place - first, options)
+            if token in self._engine.rules.stop_ids:
+                row.stop_logprob = logprob
+            else:
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+            self._next_ids[place] = token
+            if row.stop_logprob is not None or len(row.ids) >= row.cap:
+                done.append(row)
+                self._remove(place)
+        return done
+
+    def _choose(self, row: _Row, place: int, options: DecodeOptions) -> tuple[int, float]:
+        """A row's next token and its log-probability at temperature 1."""
+        token, logprob = int(self._answers[0][place]), float(self._answers[1][place])
+        if not math.isfinite(logprob):
+            raise CheckpointMismatchError("the network's output is not finite: damaged weights; verify the model")
+        if options.temperature == 0:
+            return token, logprob
+        logits = self._answers[2][place].astype(np.float64)
+        logprobs = logits - (logits[token] - logprob)
+        probs = np.exp((logprobs - logprob) / options.temperature)
+        drawn = int(np.searchsorted(np.cumsum(probs / probs.sum()), row.generator.random(), side="right"))
+        drawn = min(drawn, int(np.flatnonzero(probs)[-1]))
+        return drawn, float(logprobs[drawn])
+
+    def _remove(self, place: int) -> None:
+        """Take a row out; the last one moves into its place."""
+        last = self.rows.pop()
+        last_id = self._next_ids.pop()
+        if place < len(self.rows):
+            for cache in self._cache:
+                cache[place, :, : last.length] = cache[len(self.rows), :, : last.length]
+            self.rows[place], self._next_ids[place] = last, last_id
+
+
+class _Embedding:
+    """Rows of the embedding table, out of the decoder's own mapped weights."""
+
+    def __init__(self, path: Path, table: Table, config: ModelConfig) -> None:
+        vocab, hidden = config.vocab_size, config.hidden_dim
+        self._scales: npt.NDArray[np.float32] | None = None
+        self._rows: npt.NDArray[Any]
+        if table.scale_offset is None:
+            self._rows = np.memmap(path, np.float32, "r", table.offset, (vocab, hidden))
+        else:
+            shape = (vocab, hidden // table.block, table.block)
+            self._rows = np.memmap(path, np.uint8, "r", table.offset, shape)
+            self._scales = np.memmap(path, np.float32, "r", table.scale_offset, shape[:2])
+
+    def __call__(self, ids: npt.NDArray[np.int64]) -> Floats:
+        """Embeddings [n, H] of ids [n]."""
+        rows = self._rows[ids]
+        if self._scales is None:
+            return np.array(rows)
+        blocks = (rows.astype(np.float32) - 128) * self._scales[ids][..., None]
+        return blocks.reshape(len(ids), -1)
+
+
+def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # its warnings are for those who build graphs
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except _ERRORS as error:
+        raise CheckpointMismatchError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot run it ({str(error).splitlines()[0]}); "
+            "update onnxruntime, or delete the folder to have it made again"
+        ) from None
