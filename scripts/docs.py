@@ -45,7 +45,7 @@ def tiny_table() -> str:
     cold_s = statistics.median(measured["cold_start_s"])
     where = "{cpus} cores ({processor})".format_map(measured)
     rows.append(
-        f"\nA 4 s clip from a cold start, interpreter and PyTorch included: {cold_s:.1f} s. Measured by\n"
+        f"\nA 4 s clip from a cold start, interpreter included: {cold_s:.1f} s. Measured by\n"
         f"`bench/tiny.py` on {where}: [{path.name}](bench/results/{path.name}).\n"
         "RTFx is seconds of audio a second of wall time."
     )
