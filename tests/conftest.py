@@ -1,6 +1,7 @@
 """Fixtures: a tokenizer and a random two-layer checkpoint made in code, and the way to ../shared."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from arkasr import model, text
+from arkasr import cli, model, text
 from arkasr.config import ModelConfig
 from arkasr.text import TextRules
 
@@ -70,6 +71,28 @@ def random_network(config: ModelConfig, *, seed: int = 0) -> model.ArkASR:
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["ARKASR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+Run = Callable[..., tuple[int, list[str], list[str]]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("models", ...) in this process -> exit code, lines of stdout, lines of stderr."""
+
+    def main(*arguments: str | Path) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", ["ark-asr", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out.splitlines(), err.splitlines()
+
+    return main
 
 
 MakeCheckpoint = Callable[..., Path]

@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,32 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from arkasr import __version__, cli
-from conftest import MakeCheckpoint
+from arkasr import __version__
+from conftest import MakeCheckpoint, Run
 from test_audio import BAD_FILES, encoded, noise, write_bad_file
 
 # run("transcribe", ...) -> exit code, lines of stdout, lines of stderr
-Run = Callable[..., tuple[int, list[str], list[str]]]
 
 KEYS = {"file", "text", "tokens", "duration", "confidence", "timings"}
 FEW = ("--max-new-tokens", "3")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def main(*arguments: str | Path) -> tuple[int, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["ark-asr", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out.splitlines(), err.splitlines()
-
-    return main
 
 
 @pytest.fixture

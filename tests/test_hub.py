@@ -29,10 +29,10 @@ from arkasr import cli, download, files, hub, load_model, model, pins
 from arkasr.checkpoint import open_checkpoint
 from arkasr.errors import ArkASRError, CheckpointMismatchError, ModelNotFoundError, UsageError
 from arkasr.pins import LOCK, PINS, STAMPS, Pin
-from conftest import byte_tokenizer, random_network, small_config
+from conftest import Run, byte_tokenizer, random_network, small_config
 from hub_server import Hub
 from test_audio import encoded, noise
-from test_cli import FEW, Run, assert_refused
+from test_cli import FEW, assert_refused
 
 REPO, C1, C2 = "some-org/tiny_asr.v1", "c1" * 20, "c2" * 20
 NAME = f"{REPO}@{C1}"
@@ -150,25 +150,6 @@ def server(
 def home(tmp_path: Path) -> Path:
     """Where the models of REPO lie."""
     return tmp_path / "cache" / "models" / REPO.replace("/", "--")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("models", ...) in this process -> exit code, lines of stdout, lines of stderr."""
-
-    def main(*arguments: str | Path) -> tuple[int, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["ark-asr", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out.splitlines(), err.splitlines()
-
-    return main
 
 
 def child(code: str, **environment: str) -> "subprocess.Popen[str]":

@@ -86,12 +86,10 @@ def read_lock(folder: Path) -> Lock | None:
         known = {name: _known(name, entry) for name, entry in raw["files"].items()}
         lock = Lock(str(raw["repo_id"]), str(raw["revision"]), known)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise CheckpointMismatchError(f"{path}: damaged lock file; remove the model and pull it again") from None
+        raise CheckpointMismatchError(f"{path}: damaged lock file; {PULL_AGAIN}") from None
     for name, sha256 in pinned_sha256(lock.repo_id, lock.revision).items():
         if name not in known or known[name].sha256 != sha256:
-            raise CheckpointMismatchError(
-                f"{path}: contradicts what is pinned for {name}; remove the model and pull it again"
-            )
+            raise CheckpointMismatchError(f"{path}: contradicts what is pinned for {name}; {PULL_AGAIN}")
     return lock
 
 
