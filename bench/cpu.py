@@ -1,11 +1,11 @@
 """Speed, memory and size of every way to run a published size on this CPU, with random weights; writes bench/results.
 
-    python bench/cpu.py SCRATCH [--sizes 0.6b 3b] [--seconds 10 30] [--rounds 3] [--quick] [--cpuidmask]
+    python bench/cpu.py SCRATCH [--sizes 0.6b 3b] [--seconds 10 30] [--rounds 3] [--quick] [--avx2]
 
 SCRATCH keeps checkpoints and exports between runs, 12 GB for 0.6b and 14 GB for 3b. Every run is a process of its own,
-and the contenders take turns (A B C A B C), so that what else the machine does hits all alike. --cpuidmask hides AVX512
-and AMX from every library, with HIDE_VNNI=1 in the environment AVX-VNNI too. --quick is one round of the shortest clip,
-written into SCRATCH. Linux only, for it reads /proc.
+and the contenders take turns (A B C A B C), so that what else the machine does hits all alike. --avx2 hides AVX512 and
+AMX (how: avx2.py), with HIDE_VNNI=1 in the environment AVX-VNNI too. --quick is one round of the shortest clip, written
+into SCRATCH. Linux only, for it reads /proc.
 """
 
 import argparse
@@ -32,13 +32,13 @@ import numpy as np
 import numpy.typing as npt
 
 import arkasr  # and no torch up here: it would count as memory of those who need none
+import avx2
 from arkasr import audio, checkpoint, export
 from arkasr.audio import Waveform
 from arkasr.engines import DecodeOptions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-MASK = ROOT.parent / "shared" / "tools" / "cpuidmask.c"
 STAGES = ("log_mel", "encoder", "prefill", "decode")
 TOKENS_PER_S = 4  # 40 for 10 s, 120 for 30 s
 STATIC_POSITIONS = 2048
@@ -267,6 +267,7 @@ def run_clips(folder: Path, name: str, clip_seconds: Sequence[int]) -> dict[str,
         "import_s": imported - started,
         "load_s": loaded - imported,
         "peak_after_load_bytes": after_load,
+        "avx512_used": avx2.avx512_used(),
         "clips": clips,
     }
 
@@ -289,6 +290,7 @@ def run_batched(folder: Path) -> dict[str, Any]:
             "rtfx": result["audio_s"] / elapsed_s,
             "peak_bytes": peak_bytes(),
         }
+    result["avx512_used"] = avx2.avx512_used()
     return result
 
 
@@ -407,6 +409,7 @@ def summary(runs: Sequence[dict[str, Any]], clip: int) -> dict[str, Any]:
             key: spread([c[key] for c in clips])
             for key in ("ms_per_token", "first_token_s", "total_s", "rtfx", "peak_bytes")
         },
+        "avx512_used": any(run["avx512_used"] for run in runs),
         "repeats": all(c["ids"] == clips[0]["ids"] for c in clips),
         "ids": clips[0]["ids"],
     }
@@ -425,19 +428,6 @@ def measure_batched(folder: Path, rounds: int, environment: dict[str, str]) -> d
     result["times_faster"] = spread(ratio)
     print(f"{BATCH_CLIPS} clips: batched {result['times_faster']['median']:.2f} times as fast as one at a time")
     return result
-
-
-def masked(scratch: Path) -> tuple[dict[str, str], str]:
-    """The environment that hides AVX512 from its processes, and the capability that PyTorch then sees."""
-    library = scratch / "cpuidmask.so"
-    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(MASK)], check=True)
-    environment = {**os.environ, "LD_PRELOAD": str(library.resolve())}
-    ask = "import torch; print(torch.backends.cpu.get_cpu_capability())"
-    seen = subprocess.run([sys.executable, "-c", ask], env=environment, check=True, capture_output=True, text=True)
-    capability = seen.stdout.strip()
-    if capability != "AVX2":
-        sys.exit(f"--cpuidmask does not work on this machine: PyTorch still sees {capability}")
-    return environment, capability
 
 
 def chart(record: dict[str, Any]) -> str:
@@ -476,10 +466,9 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     scratch: Path = asked.scratch
     scratch.mkdir(parents=True, exist_ok=True)
     os.environ["ARKASR_CACHE"] = str((scratch / "cache").resolve())
-    environment, instructions = dict(os.environ), "all instructions"
-    if asked.cpuidmask:
-        environment, instructions = masked(scratch)
-        instructions += " without VNNI" if "HIDE_VNNI" in os.environ else " (AVX512 and AMX hidden)"
+    environment, instructions, how = dict(os.environ), "all instructions", None
+    if asked.avx2:
+        environment, instructions, how = avx2.hide(scratch)
     others_load = round(os.getloadavg()[0], 2)  # before the first run: what else the machine was doing
     from arkasr.train import loop
 
@@ -497,8 +486,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "others_load": others_load,
         **{name: version(name) for name in ("onnxruntime", "onnx", "transformers", "numpy")},
         "openvino": version("openvino") if importlib.util.find_spec("openvino") else "not installed, not measured",
-        "cpuidmask": asked.cpuidmask,
         "instructions": instructions,
+        "hidden_how": how,
         "rounds": asked.rounds,
         "note": NOTE,
         "files": made,
@@ -517,7 +506,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="leave the other contenders out")
     parser.add_argument("--skip-batched", action="store_true", help="leave the batches of short clips out")
     parser.add_argument("--quick", action="store_true", help="one round of the shortest clip, written into SCRATCH")
-    parser.add_argument("--cpuidmask", action="store_true", help="hide AVX512 and AMX from every library")
+    parser.add_argument("--avx2", action="store_true", help="hide AVX512 and AMX from every library")
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "WHAT"), help="one run in this process, as JSON")
     return parser
 
@@ -528,7 +517,10 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.child:
         folder, what = Path(asked.child[0]), asked.child[1]
-        print(json.dumps(run_batched(folder) if what == "batched" else run_clips(folder, what, asked.seconds)))
+        result = run_batched(folder) if what == "batched" else run_clips(folder, what, asked.seconds)
+        if result["avx512_used"] and avx2.HIDDEN in os.environ:
+            sys.exit(f"{what} used AVX512 although it is hidden")
+        print(json.dumps(result))
         return
     if asked.scratch is None:
         parser.error("give SCRATCH or --child")
@@ -536,7 +528,7 @@ def main() -> None:
         asked.rounds, asked.seconds = 1, [min(asked.seconds)]
     asked.seconds.sort()
     record = measure(asked)
-    kind = ("-avx2" if asked.cpuidmask else "") + ("-3b" if asked.sizes == ["3b"] else "")
+    kind = ("-avx2" if asked.avx2 else "") + ("-3b" if asked.sizes == ["3b"] else "")
     folder = asked.scratch if asked.quick else RESULTS
     target = folder / f"{datetime.now(UTC):%Y-%m-%d}-cpu{os.cpu_count()}{kind}-cpu.json"
     target.write_text(json.dumps(record, indent=1) + "\n")
