@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hub_server
-from arkasr import cli, download, files, hub, load_model, model, pins
+from arkasr import cli, download, export, files, hub, load_model, model, pins
 from arkasr.checkpoint import open_checkpoint
 from arkasr.errors import ArkASRError, CheckpointMismatchError, ModelNotFoundError, UsageError
 from arkasr.pins import LOCK, PINS, STAMPS, Pin
@@ -39,8 +39,8 @@ NAME = f"{REPO}@{C1}"
 REPO_06B = "AutoArk-AI/ARK-ASR-0.6B"
 REPO_3B = "AutoArk-AI/ARK-ASR-3B"
 COMMIT_3B = "1e28271b79edc97635783bea65abc89195a09ed3"
-WEIGHTS, TOKENIZER, CONFIG = files.WEIGHTS, files.TOKENIZER, files.CONFIG
-LFS = frozenset({WEIGHTS, TOKENIZER, "pytorch_model.bin"})
+WEIGHTS, TOKENIZER, CONFIG, EXPORTED = files.WEIGHTS, files.TOKENIZER, files.CONFIG, files.EXPORTED
+LFS = frozenset({WEIGHTS, TOKENIZER, "pytorch_model.bin", *EXPORTED})
 CHUNK_BYTES = 10 * 2**20  # what the client holds back before it writes
 
 Snapshot = dict[str, bytes]
@@ -139,7 +139,7 @@ def server(
         close_session()
     asked = server.names()
     assert all(files.is_published(name) for name in asked), asked
-    assert not [name for name in asked if name.lower().endswith((".py", ".bin")) or "/" in name]
+    assert not [name for name in asked - {*EXPORTED} if name.lower().endswith((".py", ".bin")) or "/" in name]
     assert not marker.exists()
     kept = {path.name.removesuffix(files.PART) for path in (tmp_path / "cache" / "models").rglob("*") if path.is_file()}
     assert all(files.is_published(name) or name in {LOCK, STAMPS, ".lock", "resolved"} for name in kept), kept
@@ -327,6 +327,36 @@ def test_a_pull_by_commit(server: Hub, good: Snapshot, home: Path) -> None:
     assert hub.pull(NAME) == folder
     assert open_checkpoint(NAME).folder == folder
     assert len(server.log) == before
+
+
+def test_an_export_is_pulled_like_weights(server: Hub, good: Snapshot, tmp_path: Path, run: Run) -> None:
+    """With its own graphs and nothing else; hashed at the first load and not again, and gone with the model."""
+    for name, data in good.items():
+        (tmp_path / "good").mkdir(exist_ok=True)
+        (tmp_path / "good" / name).write_bytes(data)
+    folder = export.find_or_write(open_checkpoint(tmp_path / "good"), "int4", folder=tmp_path / "export")
+    snapshot = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server.add(REPO, C2, {"modeling_arkasr.py": b"raise SystemExit", **snapshot}, lfs=LFS)
+    name = f"{REPO}@{C2}"
+    pulled = hub.pull(name)
+    assert_holds(pulled, snapshot)
+    assert server.names() == {*snapshot}
+    transcriber = load_model(name, device="cpu")
+    assert transcriber.transcribe((noise(16_000), 16_000)).tokens
+    hashed: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "sha256", hashed.append)
+        load_model(name, device="cpu")
+    assert hashed == []
+    _, (line,), _ = run("models", "verify", name)
+    assert f"{len(snapshot)} files have their SHA-256" in line
+    (pulled / "decoder.bin").write_bytes(snapshot["decoder.bin"][:-1])
+    assert_refused(run("models", "verify", name), "decoder.bin has")
+
+
+def test_graphs_without_our_manifest_are_somebody_elses(server: Hub, good: Snapshot) -> None:
+    server.add(REPO, C2, {**good, **dict.fromkeys(EXPORTED, b"a graph")}, lfs=LFS)
+    assert_holds(hub.pull(f"{REPO}@{C2}"), good)
 
 
 def test_load_model_pulls_and_transcribes(server: Hub) -> None:
@@ -1253,6 +1283,14 @@ def test_a_complete_folder_whose_lock_file_was_deleted(good: Snapshot, run: Run)
 
 
 # --- removal -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("server")
+def test_remove_takes_the_exports_along(run: Run, tmp_path: Path) -> None:
+    made = [export.find_or_write(open_checkpoint(NAME), precision) for precision in ("int8", "int4")]
+    assert {path.parent for path in made} == {tmp_path / "cache" / "exports"}
+    assert run("models", "remove", NAME)[0] == 0
+    assert not any(path.exists() for path in made)
 
 
 @pytest.mark.usefixtures("server")

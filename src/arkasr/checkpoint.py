@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from arkasr import config as configs
 from arkasr import files, hub, pins, text
 from arkasr.config import ModelConfig
-from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
+from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, UsageError, quoted
 
 DTYPES = ("F32", "BF16", "F16")
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -84,7 +84,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose config, tokenizer and tensor headers agree; weights are read later, memory-mapped."""
+    """A folder whose config, tokenizer and tensor headers agree; weights are read later, memory-mapped.
+
+    An export has no shards: its weights are for the CPU engine alone.
+    """
 
     folder: Path
     config: ModelConfig
@@ -138,14 +141,27 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         audio_token_id=config.audio_token_id,
     )
     shards = _shards(folder)
-    _match(folder, config, shards)
+    if shards:
+        _match(folder, config, shards)
     return Checkpoint(folder, config, rules, shards)
 
 
+def need_weights(source: Checkpoint) -> None:
+    """Refuse an export where a checkpoint's own weights are needed.
+
+    Raises:
+        UsageError: it is an export.
+    """
+    if not source.shards:
+        raise UsageError(f"{source.folder}: an export, which only the CPU engine can use; give the checkpoint itself")
+
+
 def _shards(folder: Path) -> tuple[Path, ...]:
-    """The weight files: one, or those the index names. Names are taken as plain file names inside the folder."""
+    """The weight files: none in an export, one, or those the index names, as plain file names inside the folder."""
     index_path = folder / files.INDEX
     if not index_path.exists():
+        if (folder / files.MANIFEST).exists() and not (folder / files.WEIGHTS).exists():
+            return ()
         if not (folder / files.WEIGHTS).exists():
             raise ModelNotFoundError(f"{folder}: neither {files.WEIGHTS} nor {files.INDEX}; fetch the weights")
         return (folder / files.WEIGHTS,)

@@ -16,13 +16,15 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-from arkasr import __version__, audio, hub, pins
+from arkasr import __version__, audio, export, hub, pins
 from arkasr.checkpoint import open_checkpoint
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.errors import ArkASRError, MissingExtraError, UsageError
@@ -70,6 +72,14 @@ class DtypeChoice(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class PrecisionChoice(StrEnum):
+    """Names of --precision."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    FLOAT32 = "float32"
 
 
 class FormatChoice(StrEnum):
@@ -209,17 +219,36 @@ def _report(line: str) -> None:
 
 def _pull(model: str, *, offline: bool) -> Path:
     """The model's folder, downloaded with a bar on standard error if a person watches."""
+    with _bar(model, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
+        return hub.pull(model, offline=offline, report=_report, progress=progress)
+
+
+@contextmanager
+def _bar(text: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, if a person watches, once it is told what is done and how much there is."""
     console = Console(stderr=True)
-    columns = (TextColumn(model), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     off = not console.is_terminal
-    with Progress(*columns, console=console, disable=off, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(model, total=None, visible=False)
-        return hub.pull(
-            model,
-            offline=offline,
-            report=_report,
-            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
-        )
+    shown = (TextColumn(text, markup=False), *columns)
+    with Progress(*shown, console=console, disable=off, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(text, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+@app.command("export")
+def export_model(
+    model: ModelArgument,
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="How weights are stored; int8 is what a CPU runs best.")
+    ] = PrecisionChoice.INT8,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new folder  [default: in the cache, where it is found again]")
+    ] = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Convert a model for the CPU engine and print the folder, which is a model itself."""
+    source = open_checkpoint(_pull(model, offline=offline))
+    with _bar(model, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as progress:
+        print(export.find_or_write(source, precision.value, folder=output, report=_report, progress=progress))
 
 
 @models_app.command("list")
@@ -250,12 +279,13 @@ def models_verify(
         try:
             folder = hub.find(model)
             lock = pins.verify(folder)
-            open_checkpoint(folder)
+            exported = None if open_checkpoint(folder).shards else export.read_manifest(folder, hashes=True)
         except ArkASRError as error:
             print(f"ark-asr: {error}", file=sys.stderr)
             failed += 1
             continue
-        done = f"{len(lock.files)} files have their SHA-256" if lock else "no lock file, so bytes were not compared"
+        known = lock or exported
+        done = f"{len(known.files)} files have their SHA-256" if known else "no lock file, so bytes were not compared"
         print(f"{model}: {done}; config, tokenizer and tensors fit")
     if failed:
         raise typer.Exit(1)

@@ -147,8 +147,12 @@ def _listing(repo_id: str, commit: str) -> list[_Remote]:
     else:
         raise CheckpointMismatchError(f"{place}: the listing has more than {MAX_PAGES} pages; check HF_ENDPOINT")
     names = {remote.name for remote in remotes}
-    if files.CONFIG not in names or not any(map(files.is_weights, names)):
-        raise ModelNotFoundError(f"{place}: lists no {files.CONFIG} with {files.WEIGHTS}; not an ARK-ASR checkpoint")
+    if files.MANIFEST not in names:  # graphs of somebody else's
+        remotes = [remote for remote in remotes if remote.name not in files.EXPORTED]
+    if files.CONFIG not in names or not any(files.is_weights(name) or name == files.MANIFEST for name in names):
+        raise ModelNotFoundError(
+            f"{place}: lists no {files.CONFIG} with {files.WEIGHTS} or {files.MANIFEST}; not an ARK-ASR checkpoint"
+        )
     for remote in remotes:
         if not 0 <= remote.size <= files.max_bytes(remote.name):
             raise CheckpointMismatchError(

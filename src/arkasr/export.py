@@ -1,38 +1,45 @@
-"""Checkpoint to ONNX graphs: encoder with adapter, and decoder, with weights quantized by a recipe; no torch needed.
+"""Checkpoint to export: ONNX graphs of encoder with adapter, and of decoder, and the files they need to be a model.
 
     mel [1, M, F] -> encoder.onnx -> audio [1, A, H]
     x [B, T, H], KV cache -> decoder.onnx -> token [B], logprob [B], logits [B, V], and the KV cache in place
 
 Letters as in model.py. Unusual: the graphs are built node by node from ONNX Runtime's fused operators instead of being
-traced, so that the weights stream from the checkpoint's file through the quantizer to the export's, one at a time.
+traced, so that the weights stream from the checkpoint's file through the quantizer to the export's, one at a time. An
+export is made of nothing but numpy, and is a model by itself: its folder loads without the checkpoint.
 """
 
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 from safetensors import safe_open
 
 from arkasr import audio, checkpoint, files, hub, pins
 from arkasr.checkpoint import TABLE_ROWS, Checkpoint
 from arkasr.config import ENCODER_ROPE_THETA, LAYER_NORM_EPS, MAX_CLIP_S, ModelConfig
-from arkasr.errors import CheckpointMismatchError, UsageError
-from arkasr.graph import Array, Graph
+from arkasr.errors import CheckpointMismatchError, UsageError, quoted
+from arkasr.graph import Graph
+from arkasr.quantize import RECIPES, Floats, Linear, Recipe, Table
 
 Precision = Literal["float32", "int8", "int4"]
-Floats = npt.NDArray[np.float32]
+DEFAULT: Precision = "int8"
+Progress = Callable[[int, int], object]  # takes weights done, and weights in all
 
 TELL_BYTES = 2**27  # a conversion of more takes seconds, which a person wants explained
 MAX_POSITIONS = 2048  # of the decoder: 30 s of audio, prompt, and the most tokens
-FORMAT = 1  # of the export; another number makes old exports unfindable and refused
+FORMAT = 2  # of the export; another number makes old exports unfindable and refused
+# Config and tokenizer, in the forms that are read.
+COPIED = (files.CONFIG, files.TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json")
+_AGAIN = "delete the folder, and make or pull it again"
 ADAPTER_OPS = {"gelu": "Gelu", "relu": "Relu", "selu": "Selu"}
 _log = logging.getLogger(__name__)
 
@@ -40,9 +47,15 @@ _log = logging.getLogger(__name__)
 class _Weights:
     """The tensors of a checkpoint by our names, each read from its mapped file when it is asked for."""
 
-    def __init__(self, source: Checkpoint) -> None:
+    def __init__(self, source: Checkpoint, progress: Progress) -> None:
+        checkpoint.need_weights(source)
         self._places: dict[str, tuple[Path, str]] = {}
-        ours = {spec.hf_name: spec.name for spec in checkpoint.tensor_specs(source.config)}
+        self._progress = progress
+        self._done = 0
+        specs = list(checkpoint.tensor_specs(source.config))
+        unread = {"encoder.positions"} if source.config.use_rope else set()
+        self._total = sum(math.prod(spec.shape) for spec in specs if spec.name not in unread)
+        ours = {spec.hf_name: spec.name for spec in specs}
         for shard in source.shards:
             with safe_open(shard, framework="np") as file:
                 self._places |= {ours[name]: (shard, name) for name in file.offset_keys() if name in ours}
@@ -62,103 +75,8 @@ class _Weights:
                 if not np.isfinite(piece).all():  # quantized, they would pass for numbers
                     raise CheckpointMismatchError(f"{shard}: tensor {hf_name} is not finite; fetch the file again")
                 yield piece
-
-
-# ---- linear layers: x [.., K] times w [N, K] transposed, plus b [N] ----
-
-Linear = Callable[[Graph, str, Floats, Floats | None], str]
-
-
-def _float(graph: Graph, x: str, w: Floats, b: Floats | None) -> str:
-    y = graph.op("MatMul", x, graph.weight(w.T))
-    return y if b is None else graph.op("Add", y, graph.weight(b))
-
-
-def _dynamic_int8(graph: Graph, x: str, w: Floats, b: Floats | None) -> str:
-    """Int8 weights with a scale a row; activations are quantized as a whole, at run time. Fast for many positions."""
-    scale = np.abs(w).max(axis=1) / 127
-    scale[scale == 0] = 1
-    inputs = [x, graph.weight(np.rint(w / scale[:, None]).astype(np.int8).T)]
-    inputs += [graph.weight(scale), graph.weight(np.zeros(len(w), np.int8))]
-    return graph.op("DynamicQuantizeMatMul", *inputs, *([] if b is None else [graph.weight(b)]))
-
-
-def _blocks(w: Floats, bits: int, block: int) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """Unsigned codes [N, K / block, block * bits / 8] with zero at 2^(bits-1), and a scale [N, K / block] a block.
-
-    The largest value gets the lowest code. With 4 bits a smaller scale, which cuts it off, may serve the others better:
-    of a few shrunken scales each block takes that of the least squared error.
-    """
-    zero = 2 ** (bits - 1)
-    blocks = w.reshape(len(w), -1, block)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
-    scale = np.where(largest == 0, 1, -largest / zero).astype(np.float32)
-    codes = _codes(blocks, scale, zero)
-    if bits == 4:
-        least = np.square(codes * scale - blocks).sum(axis=-1, keepdims=True)
-        for shrunken in (scale * factor for factor in (0.95, 0.9, 0.85, 0.8, 0.75)):
-            tried = _codes(blocks, shrunken, zero)
-            error = np.square(tried * shrunken - blocks).sum(axis=-1, keepdims=True)
-            better = error < least
-            codes, scale = np.where(better, tried, codes), np.where(better, shrunken, scale)
-            least = np.minimum(error, least)
-    unsigned = (codes + zero).astype(np.uint8)
-    if bits == 4:
-        unsigned = unsigned[..., ::2] | unsigned[..., 1::2] << 4
-    return unsigned, scale[..., 0]
-
-
-def _codes(blocks: Floats, scale: Floats, zero: int) -> Floats:
-    codes: Floats = np.clip(np.rint(blocks / scale), -zero, zero - 1)
-    return codes
-
-
-def _block_size(num_columns: int, wanted: int) -> int:
-    return next(size for size in (wanted, 64, 32, 16) if num_columns % size == 0)
-
-
-def _nbits(bits: int, wanted_block: int) -> Linear:
-    """Block-quantized weights, unpacked as they are read: fastest for few positions, which memory bounds."""
-
-    def linear(graph: Graph, x: str, w: Floats, b: Floats | None) -> str:
-        block = _block_size(w.shape[1], wanted_block)
-        codes, scale = _blocks(w, bits, block)
-        bias = [] if b is None else ["", "", graph.weight(b)]
-        return _matmul_nbits(
-            graph, x, graph.weight(codes), graph.weight(scale), *bias, shape=w.shape, bits=bits, block=block
-        )
-
-    return linear
-
-
-def _matmul_nbits(graph: Graph, *inputs: str, shape: tuple[int, ...], bits: int, block: int) -> str:
-    return graph.op("MatMulNBits", *inputs, N=shape[0], K=shape[1], bits=bits, block_size=block, accuracy_level=4)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the linear layers of encoder, decoder attention and decoder MLP are quantized, and table and head."""
-
-    encoder: Linear
-    attention: Linear
-    mlp: Linear
-    table_bits: Literal[8, 32]
-
-
-RECIPES = {
-    "float32": Recipe(_float, _float, _float, 32),
-    "int8": Recipe(_dynamic_int8, _nbits(8, 128), _nbits(8, 128), 8),
-    "int4": Recipe(_dynamic_int8, _nbits(8, 128), _nbits(4, 32), 8),
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where decoder.bin holds the embedding table [V, H]: float32 rows, or 8-bit codes with a scale a block."""
-
-    offset: int
-    scale_offset: int | None
-    block: int
+                self._done += piece.size
+                self._progress(self._done, self._total)
 
 
 @dataclass(frozen=True)
@@ -166,8 +84,8 @@ class Manifest:
     """What an export is, what it was made from, and what its files must be."""
 
     format: int
-    precision: str
-    source: str
+    precision: Precision
+    source: Mapping[str, object]  # the checkpoint's lock, for people
     table: Table
     files: Mapping[str, files.Known]
 
@@ -302,10 +220,10 @@ def _last_position(graph: Graph, x: str) -> str:
 def _head(graph: Graph, config: ModelConfig, weights: _Weights, recipe: Recipe, normed: str) -> Table:
     """Logits [B, V], the forbidden ones at -inf, their largest [B] and its log-probability [B]."""
     forbidden = graph.input("forbidden", "f4", [config.vocab_size])
-    add_table = _float_table if recipe.table_bits == 32 else _int8_table
-    table, linear = add_table(graph, config, weights, "decoder.embed.weight")
+    shape = config.vocab_size, config.hidden_dim
+    table, linear = recipe.table(graph, weights.pieces("decoder.embed.weight"), shape)
     if not config.tied_embeddings:
-        _, linear = add_table(graph, config, weights, "decoder.head.weight")
+        _, linear = recipe.table(graph, weights.pieces("decoder.head.weight"), shape)
     graph.ops("Add", linear(normed), forbidden, outputs=["logits"])
     axis = graph.constant(1)
     graph.ops("ArgMax", "logits", outputs=["token"], axis=1, keepdims=0)
@@ -317,42 +235,25 @@ def _head(graph: Graph, config: ModelConfig, weights: _Weights, recipe: Recipe, 
     return table
 
 
-def _float_table(graph: Graph, config: ModelConfig, weights: _Weights, name: str) -> tuple[Table, Callable[[str], str]]:
-    """An embedding table or head as float32 rows."""
-    rows = graph.stream(weights.pieces(name), (config.vocab_size, config.hidden_dim), "f4")
-    return Table(graph.offsets[rows], None, 0), lambda x: graph.op("Gemm", x, rows, transB=1)
-
-
-def _int8_table(graph: Graph, config: ModelConfig, weights: _Weights, name: str) -> tuple[Table, Callable[[str], str]]:
-    """An embedding table or head in 8-bit blocks."""
-    vocab, hidden = config.vocab_size, config.hidden_dim
-    block = _block_size(hidden, 128)
-    scales: list[Floats] = []
-
-    def codes() -> Iterator[Array]:
-        for rows in weights.pieces(name):
-            piece, scale = _blocks(rows, 8, block)
-            scales.append(scale)
-            yield piece
-
-    inputs = [graph.stream(codes(), (vocab, hidden // block, block), "u1")]
-    inputs.append(graph.stream(scales, (vocab, hidden // block), "f4"))
-    table = Table(graph.offsets[inputs[0]], graph.offsets[inputs[1]], block)
-    return table, lambda x: _matmul_nbits(graph, x, *inputs, shape=(vocab, hidden), bits=8, block=block)
-
-
 # ---- writing and finding ----
 
 
-def write(source: Checkpoint, folder: Path, precision: str) -> None:
-    """Write the export of a checkpoint into an empty folder: two graphs, the weights of each, and a manifest.
+def write(
+    source: Checkpoint, folder: Path, precision: Precision, *, progress: Progress = lambda _done, _all: None
+) -> None:
+    """Write the export of a checkpoint into an empty folder.
 
-    The same checkpoint and precision give the same bytes. One tensor, or a piece of a table, is in memory at a time.
+    It holds two graphs, the weights of each, copies of config and tokenizer, and a manifest. The same checkpoint and
+    precision give the same bytes. One tensor, or a piece of a table, is in memory at a time.
+
+    Raises:
+        UsageError: the checkpoint is itself an export, or has widths that the operators lack.
+        CheckpointMismatchError: a weight is not finite, or a head differs from the embeddings it is tied to.
     """
     recipe = RECIPES[precision]
+    weights = _Weights(source, progress)
     _check_widths(source)
     checkpoint.check_tied_head(source)
-    weights = _Weights(source)
     with (folder / "encoder.bin").open("wb") as data:
         graph = Graph("encoder", data)
         _encoder(graph, source.config, weights, recipe.encoder)
@@ -361,9 +262,22 @@ def write(source: Checkpoint, folder: Path, precision: str) -> None:
         graph = Graph("decoder", data)
         table = _decoder(graph, source.config, weights, recipe)
         (folder / "decoder.onnx").write_bytes(graph.serialized())
-    known = {name: files.Known((folder / name).stat().st_size, files.sha256(folder / name)) for name in files.EXPORTED}
-    manifest = Manifest(FORMAT, precision, _identity(source), table, known)
+    for name in COPIED:
+        if (source.folder / name).exists():
+            shutil.copyfile(source.folder / name, folder / name)
+    known = {path.name: _known(path) for path in sorted(folder.iterdir())}
+    manifest = Manifest(FORMAT, precision, asdict(_made_from(source)), table, known)
     files.write_text_atomically(folder / files.MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def _known(path: Path) -> files.Known:
+    return files.Known(path.stat().st_size, files.sha256(path))
+
+
+def _made_from(source: Checkpoint) -> pins.Lock:
+    """The lock of a checkpoint, or for one that has none the hashes of weights and config."""
+    read = [source.folder / files.CONFIG, *source.shards]
+    return pins.read_lock(source.folder) or pins.Lock(None, None, {path.name: _known(path) for path in read})
 
 
 def _check_widths(source: Checkpoint) -> None:
@@ -379,72 +293,111 @@ def _check_widths(source: Checkpoint) -> None:
             raise UsageError(f"{source.folder}: {name} {width} is not a multiple of 16; use --engine pytorch")
 
 
-def find_or_write(source: Checkpoint, precision: Precision, *, report: Callable[[str], object] = _log.info) -> Path:
-    """The folder of a checkpoint's export: beside the weights, in the cache, or written there now.
+def find_or_write(
+    source: Checkpoint,
+    precision: Precision | None = None,
+    *,
+    folder: Path | None = None,
+    report: Callable[[str], object] = _log.info,
+    progress: Progress = lambda _done, _all: None,
+) -> Path:
+    """The folder of a checkpoint's export: itself, beside the weights, in the cache, or written there now.
+
+    Args:
+        source: a checkpoint, or an export.
+        precision: None is int8, or whatever an export is.
+        folder: where to write instead; there must be nothing yet.
+        report: takes a line when the conversion takes long.
+        progress: takes weights done and weights in all.
 
     Raises:
         CheckpointMismatchError: the export is damaged; it is named.
-        UsageError: the disk is full or the cache cannot be written.
+        UsageError: the disk is full, the cache cannot be written, `folder` holds something, or `source` is an export of
+            another precision.
     """
-    folder = place(source, precision)
-    if (folder / files.MANIFEST).exists():
+    if folder is not None:
+        if folder.exists():
+            raise UsageError(f"{folder}: exists already; give a new folder")
+        _write_whole(source, folder, precision or DEFAULT, progress, alone=nullcontext())
         return folder
-    if sum(path.stat().st_size for path in source.shards) > TELL_BYTES:
-        report(f"{source.folder.name}: converting to {precision} for the processor, once")
+    if not source.shards:
+        made = _parse_manifest(source.folder).precision
+        if precision not in (None, made):
+            raise UsageError(f"{source.folder}: an export in {made}; {precision} needs the checkpoint it was made from")
+        return source.folder
+    folder = place(source, precision or DEFAULT)
+    if not (folder / files.MANIFEST).exists():
+        if sum(path.stat().st_size for path in source.shards) > TELL_BYTES:
+            report(f"{source.folder.name}: converting to {precision or DEFAULT} for the processor, once")
+        alone = FileLock(folder.with_name(f".{folder.name}.lock"))
+        _write_whole(source, folder, precision or DEFAULT, progress, alone=alone)
+    return folder
+
+
+def _write_whole(
+    source: Checkpoint, folder: Path, precision: Precision, progress: Progress, *, alone: AbstractContextManager[object]
+) -> None:
+    """`write` into a folder that appears when it is complete; one that is not is replaced."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with alone:
             if (folder / files.MANIFEST).exists():  # another process was first
-                return folder
+                return
             part = folder.with_name(folder.name + files.PART)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             try:
-                write(source, part, precision)
+                write(source, part, precision, progress=progress)
                 shutil.rmtree(folder, ignore_errors=True)  # one without a manifest
                 part.rename(folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise UsageError(
-            f"{folder.parent}: cannot be written ({error.strerror}); make room or set ARKASR_CACHE to another disk"
+            f"{folder.parent}: cannot be written ({error.strerror}); make room, or choose another disk by ARKASR_CACHE "
+            "or --output"
         ) from None
-    return folder
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an export whose files are as it says.
+def read_manifest(folder: Path, *, hashes: bool = False) -> Manifest:
+    """The manifest of an export whose files are as it says; hashed anew where asked, else as `pins.check_files` does.
 
     Raises:
         CheckpointMismatchError: the export is damaged, cut short, or of another version of arkasr; remedy included.
     """
-    path = folder / files.MANIFEST
-    try:
-        raw = files.read_json(path)
-        known = {name: files.Known(**raw["files"][name]) for name in files.EXPORTED}
-        manifest = Manifest(**{**raw, "table": Table(**raw["table"]), "files": known})
-    except (CheckpointMismatchError, KeyError, TypeError) as error:
-        raise CheckpointMismatchError(f"{path}: not a manifest of an export ({error}); delete {folder}") from None
-    if manifest.format != FORMAT:
-        raise CheckpointMismatchError(f"{folder}: an export of format {manifest.format}, not {FORMAT}; delete it")
-    pins.check_files(folder, known, remedy="delete the folder, and it is made again")
+    manifest = _parse_manifest(folder)
+    pins.check_files(folder, manifest.files, hashes=hashes, remedy=_AGAIN)
     return manifest
 
 
+def _parse_manifest(folder: Path) -> Manifest:
+    path = folder / files.MANIFEST
+    try:
+        raw = files.read_json(path)
+        if raw["format"] == FORMAT:
+            known = pins.known_files(raw["files"])
+            manifest = Manifest(**{**raw, "table": Table(**raw["table"]), "files": known})
+            _ = RECIPES[manifest.precision], [known[name] for name in files.EXPORTED]
+            return manifest
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointMismatchError(f"{path}: not a manifest of an export ({error}); {_AGAIN}") from None
+    raise CheckpointMismatchError(f"{folder}: an export of format {quoted(raw['format'])}, not {FORMAT}; {_AGAIN}")
+
+
 def _identity(source: Checkpoint) -> str:
-    """What the export was made from: hashes where a lock file has them, else names, sizes and times of change."""
+    """What the export is made from: hashes where a lock file has them, else names, sizes and times of change."""
     lock = pins.read_lock(source.folder)
     if lock is not None:
         parts = [f"{name} {known.sha256}" for name, known in sorted(lock.files.items())]
     else:
-        read = [*source.shards, source.folder / files.CONFIG]
+        read = [*source.shards, *(path for name in COPIED if (path := source.folder / name).exists())]
         parts = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in read]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def place(source: Checkpoint, precision: str) -> Path:
+def place(source: Checkpoint, precision: Precision) -> Path:
     """The folder of an export: shipped beside a shipped model, else in the cache, where other bytes have another."""
     shipped = pins.SHIPPED / f"{source.folder.name}-{precision}"
     if source.folder.parent == pins.SHIPPED and shipped.is_dir():
         return shipped
-    return hub.cache() / "exports" / f"{source.folder.name}-{_identity(source)[:16]}-{precision}-{FORMAT}"
+    return hub.exports() / f"{source.folder.name}-{_identity(source)[:16]}-{precision}-{FORMAT}"

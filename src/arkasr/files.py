@@ -22,10 +22,10 @@ TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "arkasr.export.json"
-EXPORTED = ("encoder.onnx", "encoder.bin", "decoder.onnx", "decoder.bin")
+EXPORTED = ("encoder.onnx", "encoder.bin", "decoder.onnx", "decoder.bin")  # beside config, tokenizer and manifest
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _MIB, _GIB = 2**20, 2**30
-# What a published checkpoint may consist of besides shards, and the most bytes of each. Nothing else is ever
+# What a published checkpoint or export may consist of besides shards, and the most bytes of each. Nothing else is ever
 # downloaded or opened; above all, no code and no pickles.
 _MAX_BYTES = {
     CONFIG: _MIB,
@@ -41,6 +41,8 @@ _MAX_BYTES = {
     "preprocessor_config.json": _MIB,
     "processor_config.json": _MIB,
     "chat_template.jinja": _MIB,
+    MANIFEST: _MIB,
+    **{name: 16 * _MIB if name.endswith(".onnx") else 50 * _GIB for name in EXPORTED},
 }
 
 
@@ -64,8 +66,7 @@ def is_weights(name: str) -> bool:
 
 def max_bytes(name: str) -> int:
     """The most bytes a file of this name can have in an honest checkpoint."""
-    large = is_weights(name) or name in EXPORTED
-    return _MAX_BYTES.get(name, _MAX_BYTES[WEIGHTS] if large else _MIB)
+    return _MAX_BYTES.get(name, _MAX_BYTES[WEIGHTS] if is_weights(name) else _MIB)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

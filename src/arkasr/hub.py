@@ -84,6 +84,11 @@ def cache() -> Path:
     return Path(os.environ.get("ARKASR_CACHE") or Path.home() / ".cache" / "arkasr").expanduser().absolute()
 
 
+def exports() -> Path:
+    """The folder of the exports that were made on this machine, each named after its checkpoint's folder."""
+    return cache() / "exports"
+
+
 def _parse(model: str | Path) -> Path | _Source:
     """The folder or hub source that a model's name means.
 
@@ -272,7 +277,7 @@ def _num_bytes(folder: Path) -> int:
 
 
 def remove(model: str | Path) -> int:
-    """Delete a downloaded model, complete or not, and what its name was resolved to; bytes freed.
+    """Delete a downloaded model, complete or not, its exports, and what its name was resolved to; bytes freed.
 
     Raises:
         ModelNotFoundError: there is nothing of it to delete.
@@ -287,8 +292,10 @@ def remove(model: str | Path) -> int:
         part = source.home / (source.revision + files.PART)
         if folder := source.folder:
             folder.replace(part)  # so that half of it never bears the complete name
-        freed = _num_bytes(part)
-        shutil.rmtree(part)
+        folders = [part, *exports().glob(f"{source.revision}-*")]
+        freed = sum(map(_num_bytes, folders))
+        for unwanted in folders:
+            shutil.rmtree(unwanted)
         if source.asked_revision is None:
             source.resolved.unlink(missing_ok=True)
     return freed

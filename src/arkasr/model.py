@@ -292,9 +292,10 @@ def frame_mask(num_frames: Tensor, length: int) -> Tensor:
 
 def load(source: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> ArkASR:
     """The model of an opened checkpoint, in inference mode; weights are read once, memory-mapped, tensor by tensor."""
+    checkpoint.need_weights(source)
+    checkpoint.check_tied_head(source)
     with torch.device("meta"):
         model = ArkASR(source.config)
-    checkpoint.check_tied_head(source)
     ours = {spec.hf_name: spec.name for spec in checkpoint.tensor_specs(source.config)}
     state: dict[str, Tensor] = {}
     for shard in source.shards:

@@ -83,22 +83,28 @@ def read_lock(folder: Path) -> Lock | None:
         return None
     raw = files.read_json(path)
     try:
-        known = {name: _known(name, entry) for name, entry in raw["files"].items()}
-        lock = Lock(str(raw["repo_id"]), str(raw["revision"]), known)
+        lock = Lock(str(raw["repo_id"]), str(raw["revision"]), known_files(raw["files"]))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise CheckpointMismatchError(f"{path}: damaged lock file; {PULL_AGAIN}") from None
     for name, sha256 in pinned_sha256(lock.repo_id, lock.revision).items():
-        if name not in known or known[name].sha256 != sha256:
+        if name not in lock.files or lock.files[name].sha256 != sha256:
             raise CheckpointMismatchError(f"{path}: contradicts what is pinned for {name}; {PULL_AGAIN}")
     return lock
 
 
-def _known(name: str, entry: Mapping[str, Any]) -> files.Known:
-    """One entry of a lock file; a name that is no file of a checkpoint could lead us to hash any file there is."""
-    size, sha256 = entry["size"], entry["sha256"]
-    if not (files.is_published(name) and isinstance(size, int) and 0 <= size < 2**63 and _SHA256.fullmatch(sha256)):
-        raise ValueError(name)
-    return files.Known(size, sha256)
+def known_files(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, files.Known]:
+    """The files of a lock file or manifest; a name that is no checkpoint's could lead us to hash any file there is.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: they are not a list of files.
+    """
+    known = {}
+    for name, entry in entries.items():
+        size, sha256 = entry["size"], entry["sha256"]
+        if not (files.is_published(name) and isinstance(size, int) and 0 <= size < 2**63 and _SHA256.fullmatch(sha256)):
+            raise ValueError(f"{quoted(name)} cannot be one of its files")
+        known[name] = files.Known(size, sha256)
+    return known
 
 
 def check(folder: Path) -> None:
@@ -118,13 +124,16 @@ def check(folder: Path) -> None:
     check_files(folder, lock.files)
 
 
-def check_files(folder: Path, known: Mapping[str, files.Known], *, remedy: str = PULL_AGAIN) -> None:
-    """Compare files with what they must be: sizes always, hashes if one is not as it was last hashed.
+def check_files(
+    folder: Path, known: Mapping[str, files.Known], *, hashes: bool = False, remedy: str = PULL_AGAIN
+) -> None:
+    """Compare files with what they must be: sizes always, hashes if asked or if one is not as it was last hashed.
 
     Raises:
         CheckpointMismatchError: files are damaged or missing; they are named.
     """
-    unchanged = folder.parent != SHIPPED and _stamps(folder, known) == _read_stamps(folder)
+    seen = {} if hashes or folder.parent == SHIPPED else _read_stamps(folder)
+    unchanged = all(seen.get(name) == stamp for name, stamp in _stamps(folder, known).items())
     wrong = _differences(folder, known, hashes=not unchanged)
     if wrong:
         raise _damaged(folder, wrong, remedy)
@@ -195,7 +204,7 @@ def _remember(folder: Path, known: Mapping[str, files.Known]) -> None:
     """Note that the files were hashed as they are now; a folder that cannot be written is hashed at each load."""
     if folder.parent == SHIPPED:
         return
-    text = json.dumps(_stamps(folder, known))
+    text = json.dumps({**_read_stamps(folder), **_stamps(folder, known)})
     try:
         files.write_atomically(folder / STAMPS, lambda part: part.write_text(text))
     except OSError as error:

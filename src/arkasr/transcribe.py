@@ -19,7 +19,7 @@ from arkasr.errors import ArkASRError, AudioError, UsageError
 from arkasr.results import Transcript
 from arkasr.text import TextRules
 
-BATCH_SIZE = 8
+BATCH_SIZE = 16
 MAX_BATCH_SIZE = 1024
 _log = logging.getLogger(__name__)
 

@@ -91,13 +91,13 @@ def load_engine(
     dtype: Dtype = "auto",
     report: Callable[[str], object] = _log.info,
 ) -> Engine:
-    """The named engine over a checkpoint; "auto" is pytorch on CUDA and for 16-bit floats, else onnx.
+    """The named engine over a checkpoint; "auto" is pytorch on CUDA and for 16-bit floats; else, and for exports, onnx.
 
     Args:
         source: the checkpoint.
         name: "auto", "onnx" or "pytorch".
         device: "auto", "cpu", "cuda" or "cuda:N"; onnx runs on the CPU.
-        dtype: "auto" is int8 for onnx and float32 for pytorch.
+        dtype: "auto" is int8, or whatever an export is, for onnx, and float32 for pytorch.
         report: takes a line when something takes long, such as the first conversion for onnx.
 
     Raises:
@@ -107,7 +107,7 @@ def load_engine(
     if name not in ("auto", "onnx", "pytorch"):
         raise UsageError(f"engine {name!r}: no such engine; use auto, onnx or pytorch")
     if name == "auto":
-        name = "pytorch" if _is_for_pytorch(device, dtype) else "onnx"
+        name = "pytorch" if source.shards and _is_for_pytorch(device, dtype) else "onnx"
     if name == "onnx":
         return _load_onnx(source, device=device, dtype=dtype, report=report)
     try:
@@ -137,7 +137,6 @@ def _load_onnx(source: Checkpoint, *, device: str, dtype: Dtype, report: Callabl
 
     if device not in ("auto", "cpu"):
         raise UsageError(f"engine onnx runs on the CPU, not on device {device}; use --engine pytorch")
-    precision = "int8" if dtype == "auto" else dtype
-    if precision not in ("float32", "int8", "int4"):
+    if dtype not in ("auto", "float32", "int8", "int4"):
         raise UsageError(f"engine onnx has no dtype {dtype}; use float32, int8 or int4, or --engine pytorch")
-    return OnnxEngine.load(source, precision=precision, report=report)
+    return OnnxEngine.load(source, precision=None if dtype == "auto" else dtype, report=report)

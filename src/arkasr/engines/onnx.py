@@ -23,7 +23,8 @@ from arkasr.checkpoint import Checkpoint
 from arkasr.config import ModelConfig
 from arkasr.engines import DecodeOptions, Generation
 from arkasr.errors import CheckpointMismatchError
-from arkasr.export import Precision, Table
+from arkasr.export import Precision
+from arkasr.quantize import Table
 from arkasr.text import TextRules
 
 # They have no base but Exception.
@@ -64,8 +65,9 @@ class OnnxEngine:
         """
         manifest = export.read_manifest(folder)
         self.config, self.rules = config, rules
-        self.encoder = _session(folder / "encoder.onnx", threads)
-        self.decoder = _session(folder / "decoder.onnx", threads)
+        # The encoder's threads would go on spinning while the decoder's work; between decode steps it pays.
+        self.encoder = _session(folder / "encoder.onnx", threads, stop_spinning=True)
+        self.decoder = _session(folder / "decoder.onnx", threads, stop_spinning=False)
         try:
             self.embed = _Embedding(folder / "decoder.bin", manifest.table, config)
         except (ArithmeticError, TypeError, ValueError) as error:
@@ -77,9 +79,12 @@ class OnnxEngine:
 
     @classmethod
     def load(
-        cls, source: Checkpoint, *, precision: Precision, threads: int = 0, report: Callable[[str], object]
+        cls, source: Checkpoint, *, precision: Precision | None, threads: int = 0, report: Callable[[str], object]
     ) -> "OnnxEngine":
-        """An engine over a checkpoint, which is exported into the cache first where that has not been done."""
+        """An engine over a checkpoint, which is exported into the cache first where that has not been done.
+
+        See `export.find_or_write`.
+        """
         folder = export.find_or_write(source, precision, report=report)
         return cls(folder, source.config, source.rules, threads=threads)
 
@@ -239,9 +244,10 @@ class _Embedding:
         return blocks.reshape(len(ids), -1)
 
 
-def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def _session(path: Path, threads: int, *, stop_spinning: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", str(int(stop_spinning)))
     options.log_severity_level = 3  # its warnings are for those who build graphs
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
