@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODELS = tuple(f"ark-asr models{action}" for action in ("", " list", " pull", " verify", " path", " remove"))
-COMMANDS = ("ark-asr", "ark-asr transcribe", *MODELS, "ark-asr train", "ark-asr train sft")
+COMMANDS = ("ark-asr", "ark-asr transcribe", "ark-asr export", *MODELS, "ark-asr train", "ark-asr train sft")
 SET_NAMES = {
     "an4": "AN4 test: 10 unseen speakers",
     "fsdd": "FSDD test: single digits, 8 kHz, another corpus, never trained on",
@@ -34,10 +34,15 @@ def cli_page() -> str:
     return "".join(parts)
 
 
+def latest(kind: str) -> tuple[Path, dict[str, Any]]:
+    """The newest record of a kind, and what it says."""
+    path = max((ROOT / "bench" / "results").glob(f"*-{kind}.json"))
+    return path, json.loads(path.read_text())
+
+
 def tiny_table() -> str:
     """What bench/tiny.py measured last."""
-    path = max((ROOT / "bench" / "results").glob("*-tiny.json"))
-    measured = json.loads(path.read_text())
+    path, measured = latest("tiny")
     rows = ["| `tiny` on | WER | RTFx |", "|---|---|---|"]
     for scored in measured["sets"]:
         size = f"{scored['utterances']} clips, {scored['words']} words"
@@ -54,8 +59,7 @@ def tiny_table() -> str:
 
 def full_size_table() -> str:
     """What bench/full_size.py measured last."""
-    path = max((ROOT / "bench" / "results").glob("*-full-size.json"))
-    measured = json.loads(path.read_text())
+    path, measured = latest("full-size")
     where = "{cpus} cores ({processor})".format_map(measured)
     source = f"Medians of 3 processes by `bench/full_size.py`, engine pytorch, from the page cache, on {where}:"
     rows = [
@@ -75,11 +79,11 @@ def full_size_table() -> str:
 
 def cpu_tables() -> str:
     """What bench/cpu.py measured last, for each set of sizes and instructions."""
-    latest = {}
+    newest = {}
     for path in sorted((ROOT / "bench" / "results").glob("*-cpu.json")):
         measured = json.loads(path.read_text())
-        latest[tuple(measured["files"]), measured["instructions"]] = path, measured
-    return "\n\n".join(cpu_table(path, measured) for path, measured in latest.values())
+        newest[tuple(measured["files"]), measured["instructions"]] = path, measured
+    return "\n\n".join(cpu_table(path, measured) for path, measured in newest.values())
 
 
 def cpu_table(path: Path, measured: dict[str, Any]) -> str:
@@ -112,19 +116,39 @@ def cpu_table(path: Path, measured: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def filled(page: str, name: str, table: str) -> str:
-    """A page with the table between its markers."""
+def quantization_table() -> str:
+    """What bench/quantization.py measured last: a row for each model, group of layers and recipe."""
+    path, measured = latest("quantization")
+    rows = [
+        "| | quantized | as in | likeliest token the same | KL, mean | KL, 99th percentile | WER |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in measured["cases"]:
+        wer = f"{case['wer_percent']:.2f} %" if case["wer_percent"] is not None else ""
+        changes = ["", "", ""]
+        if case["group"] != "none":
+            changes = [f"{case['top1_percent']:.1f} %", f"{case['kl_mean']:.1e}", f"{case['kl_p99']:.1e}"]
+        cells = [case["model"], case["group"], ", ".join(case["precisions"]), *changes, wer]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, "", f"By `bench/quantization.py`: [{path.name}](../bench/results/{path.name})."])
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """A page with each table between its markers."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.sub(rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", rf"\g<1>\n{table}\n\n\g<2>", text, flags=re.DOTALL)
+    for name, table in tables.items():
+        marked = rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(marked, rf"\g<1>\n{table}\n\n\g<2>", text, flags=re.DOTALL)
+    return text
 
 
 def main() -> None:
     """Write, or compare."""
     pages = {
         "docs/cli.md": cli_page(),
-        "README.md": filled("README.md", "tiny", tiny_table()),
-        "docs/models.md": filled("docs/models.md", "full-size", full_size_table()),
-        "docs/benchmarks.md": filled("docs/benchmarks.md", "cpu", cpu_tables()),
+        "README.md": filled("README.md", {"tiny": tiny_table()}),
+        "docs/models.md": filled("docs/models.md", {"full-size": full_size_table()}),
+        "docs/benchmarks.md": filled("docs/benchmarks.md", {"cpu": cpu_tables(), "quantization": quantization_table()}),
     }
     for page, text in pages.items():
         path = ROOT / page

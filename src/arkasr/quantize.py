@@ -136,8 +136,9 @@ class Recipe:
     table: Tables
 
 
+_int8 = _nbits(8, 128)
 RECIPES = {
     "float32": Recipe(_float, _float, _float, _float_table),
-    "int8": Recipe(_dynamic_int8, _nbits(8, 128), _nbits(8, 128), _int8_table),
-    "int4": Recipe(_dynamic_int8, _nbits(8, 128), _nbits(4, 32), _int8_table),
+    "int8": Recipe(_dynamic_int8, _int8, _int8, _int8_table),
+    "int4": Recipe(_dynamic_int8, _int8, _nbits(4, 32), _int8_table),
 }
