@@ -525,7 +525,7 @@ def main() -> None:
     if asked.child:
         folder, what = Path(asked.child[0]), asked.child[1]
         if what.startswith("export "):
-            print(json.dumps(run_export(folder, what.removeprefix("export "))))  # type: ignore[arg-type]  # one of ours
+            print(json.dumps(run_export(folder, what.removeprefix("export "))))
             return
         result = run_batched(folder) if what == "batched" else run_clips(folder, what, asked.seconds)
         if result["avx512_used"] and avx2.HIDDEN in os.environ:
