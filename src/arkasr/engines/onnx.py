@@ -2,7 +2,9 @@
 
 Unusual: no row is ever padded. Clips are encoded and prefilled one at a time, which already fills the processor; only
 the decode steps, which memory bounds, are shared by rows. A row that ends makes room for the next clip at once. Keys
-and values are written in place, and only token and log-probability leave the graph, not 600 kB of logits a step.
+and values are written in place, and only token and log-probability leave the graph, not 600 kB of logits a step. Steps
+have an even number of rows: the kernels take two at a time, and sum the last of an odd number in another order, so
+that a clip's numbers would depend on its neighbours.
 """
 
 import math
@@ -136,7 +138,7 @@ class _Batch:
 
     def __init__(self, engine: OnnxEngine, max_rows: int, capacity: int, *, sampled: bool) -> None:
         config = engine.config
-        shape = (max_rows, config.kv_heads, capacity, config.decoder_head_dim)
+        shape = (max_rows + max_rows % 2, config.kv_heads, capacity, config.decoder_head_dim)
         self.max_rows = max_rows
         self.rows: list[_Row] = []
         self._engine = engine
@@ -157,8 +159,9 @@ class _Batch:
         """Run one more token of every row."""
         for row in self.rows:
             row.length += 1
-        x = self._engine.embed(np.array(self._next_ids))[:, None]
-        self._run(x, [row.length for row in self.rows], slice(0, len(self.rows)))
+        even = [*range(len(self.rows)), *([0] if len(self.rows) % 2 else [])]  # the first once more, in a free place
+        x = self._engine.embed(np.array(self._next_ids)[even])[:, None]
+        self._run(x, [self.rows[place].length for place in even], slice(0, len(even)))
 
     def _run(self, x: Floats, lengths: list[int], places: slice) -> None:
         """X [B, T, H] of rows whose caches then hold `lengths` positions."""
