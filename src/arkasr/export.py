@@ -145,9 +145,9 @@ def _encoder_attention(
 
 
 def _skip_norm(graph: Graph, x: str, residual: str, affine: list[str]) -> tuple[str, str]:
-    """The normed sum, and the sum."""
-    normed, _, _, total = graph.ops("SkipLayerNormalization", x, residual, *affine, outputs=4, epsilon=LAYER_NORM_EPS)
-    return normed, total
+    """The normed sum, and the sum. The fused operator for both takes a tenth of the encoder's time longer."""
+    total = graph.op("Add", x, residual)
+    return graph.op("LayerNormalization", total, *affine, axis=-1, epsilon=LAYER_NORM_EPS), total
 
 
 def _adapter(graph: Graph, config: ModelConfig, weights: _Weights, linear: Linear, x: str) -> None:

@@ -19,7 +19,7 @@ Shape = list[int | str]
 CONTRIB = "com.microsoft"
 CONTRIB_OPS = {
     "DynamicQuantizeMatMul", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "QuickGelu",
-    "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
+    "RotaryEmbedding", "SkipSimplifiedLayerNormalization",
 }  # fmt: skip
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
 PAGE_BYTES = 4096  # weights begin at pages, so that they can be mapped
