@@ -133,6 +133,25 @@ def quantization_table() -> str:
     return "\n".join([*rows, "", f"By `bench/quantization.py`: [{path.name}](../bench/results/{path.name})."])
 
 
+def ideas_table() -> str:
+    """What bench/ideas.py measured last: a row for each way that was tried."""
+    path, measured = latest("ideas")
+    rows = ["| idea | baseline | tried | ratio (of the least) |", "|---|---|---|---|"]
+    for idea, result in measured["ideas"].items():
+        for part, compared in result.get("parts", {"": result}).items():
+            name = f"{idea}, {part}" if part else idea
+            if "failed" in compared:
+                rows.append(f"| {name} | | failed | |")
+                continue
+            ((baseline, base),) = compared["baseline"].items()
+            cells = [name, f"{baseline}: {base['median']:.4g} {compared['unit']}"]
+            for tried, number in compared["tried"].items():
+                medians, least = (base[of] / number[of] for of in ("median", "min"))
+                rows.append(f"| {' | '.join(cells)} | {tried}: {number['median']:.4g} | {medians:.2f} ({least:.2f}) |")
+                cells = ["", ""]  # said once
+    return "\n".join([*rows, "", f"By `bench/ideas.py`: [{path.name}](../bench/results/{path.name})."])
+
+
 def filled(page: str, tables: dict[str, str]) -> str:
     """A page with each table between its markers."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -148,7 +167,10 @@ def main() -> None:
         "docs/cli.md": cli_page(),
         "README.md": filled("README.md", {"tiny": tiny_table()}),
         "docs/models.md": filled("docs/models.md", {"full-size": full_size_table()}),
-        "docs/benchmarks.md": filled("docs/benchmarks.md", {"cpu": cpu_tables(), "quantization": quantization_table()}),
+        "docs/benchmarks.md": filled(
+            "docs/benchmarks.md",
+            {"cpu": cpu_tables(), "quantization": quantization_table(), "ideas": ideas_table()},
+        ),
     }
     for page, text in pages.items():
         path = ROOT / page
