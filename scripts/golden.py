@@ -210,7 +210,7 @@ def observe(engine: PyTorchEngine, path: Path) -> Observed:
         network.adapter.register_forward_hook(on_adapter),
         network.decoder.register_forward_hook(on_decoder),
     ):
-        (generation,) = engine.generate([waveform], DecodeOptions())
+        (generation,) = engine.generate([waveform], DecodeOptions(guard=False))
     return Observed(**seen, ids=generation.ids, text=engine.rules.to_text(list(generation.ids)))
 
 

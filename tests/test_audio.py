@@ -235,7 +235,7 @@ def test_source_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.flac"
     path.write_bytes(FLAC)
     expected = audio.load(path)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(FLAC)))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(FLAC))))
     with path.open("rb") as file:
         for source in (str(path), FLAC, file, io.BytesIO(FLAC), "-"):
             assert (audio.load(source) == expected).all()

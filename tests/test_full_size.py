@@ -264,8 +264,8 @@ def test_shards_hold_the_same_weights(write_small: Callable[..., dict[str, bytes
         assert all(torch.equal(tensor, whole.pop(name)) for name, tensor in tensors.items())
     assert not whole
     clip = (np.zeros(8_000, np.float32), 16_000)
-    one, many = (arkasr.load_model(tmp_path / name).transcribe(clip) for name in ("one", "many"))
-    assert one.tokens == many.tokens
+    one, many = (arkasr.load_model(tmp_path / name).transcribe(clip, vad=False) for name in ("one", "many"))
+    assert one.tokens == many.tokens != ()
 
 
 def test_writing_takes_little_memory(tmp_path: Path) -> None:

@@ -1368,8 +1368,8 @@ def test_a_recording_that_unfolds(monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile.write(buffer, np.zeros((2**16, 8), np.int16), 16_000, format="FLAC")
     assert len(buffer.getvalue()) < 10_000
     assert len(audio.load(buffer.getvalue())) == 2**16
-    monkeypatch.setattr(audio, "MAX_VALUES", 2**18)
-    with pytest.raises(AudioError, match="over 262144 samples"):
+    monkeypatch.setattr(audio, "MAX_SAMPLES", 2**15)
+    with pytest.raises(AudioError, match="over 32768 samples"):
         audio.load(buffer.getvalue())
 
 

@@ -21,6 +21,7 @@ from arkasr import files
 ROOT = Path(__file__).parents[1]
 TINY = {
     *(f"arkasr/weights/tiny/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")),
+    *(f"arkasr/weights/silero-vad/{name}" for name in ("vad.bin", "vad.onnx")),
     *(f"arkasr/weights/tiny-int8/{name}" for name in (files.MANIFEST, files.CONFIG, files.TOKENIZER, *files.EXPORTED)),
 }
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE"}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def tiny() -> arkasr.Transcriber:
 def test_clips_in_the_repository(tiny: arkasr.Transcriber, clip: str) -> None:
     transcript = tiny.transcribe(ROOT / "examples" / "audio" / clip)
     assert transcript.text == CLIPS[clip]
-    assert transcript.complete
+    assert [segment.flags for segment in transcript.segments] == [()]
     assert 0.3 < transcript.confidence <= 1
 
 
@@ -55,6 +56,8 @@ def test_the_package_holds_at_most_10_mb_of_model() -> None:
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples(example: Path) -> None:
+    if example.name == "ray_batch.py" and find_spec("ray") is None:
+        pytest.skip("ray is not installed")
     clip = ROOT / "examples" / "audio" / "an4-rubout.flac"
     printed = subprocess.run([sys.executable, str(example), str(clip)], capture_output=True, text=True, check=True)
     assert printed.stdout.startswith(CLIPS[clip.name])

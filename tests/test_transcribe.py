@@ -1,9 +1,13 @@
 import tempfile
+import time
+from collections.abc import Iterator
 
 import numpy as np
+import pytest
 import soundfile
 
 import arkasr
+from arkasr.audio import AudioSource
 from conftest import MakeCheckpoint
 
 
@@ -19,11 +23,54 @@ def test_one_clip_or_many_lazily(make_checkpoint: MakeCheckpoint) -> None:
             drawn += 1
             yield clip
 
-    many = transcriber.transcribe(source(), batch_size=2)  # type: ignore[call-overload]
+    options = arkasr.DecodeOptions(guard=False)
+    many = transcriber.transcribe(source(), options=options, vad=False, batch_size=2)  # type: ignore[call-overload]
     assert drawn == 0
     first = next(many)
-    assert drawn == 2
-    assert [first, *many][2].text == transcriber.transcribe(clips[2]).text
+    assert drawn >= 1
+    texts = [transcript.text for transcript in (first, *many)]
+    assert texts == [transcriber.transcribe(clip, options=options, vad=False).text for clip in clips]
+    assert all(texts)
+
+
+def test_sources_are_drawn_only_a_little_ahead(make_checkpoint: MakeCheckpoint) -> None:
+    """A generator of a million files must neither be exhausted before the first text, nor fill the memory."""
+    drawn = 0
+
+    def sources() -> Iterator[AudioSource]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield np.zeros(1_600, np.float32), 16_000
+
+    transcripts = arkasr.load_model(make_checkpoint()).transcribe(sources(), batch_size=2)
+    for taken in range(1, 20):
+        next(transcripts)
+        time.sleep(0.02)
+        # A batch is out, four pieces wait (a span and an end of each source), and one is in the thread's hands.
+        assert drawn <= taken + 2 + 4 + 1
+
+
+def test_a_source_that_raises(make_checkpoint: MakeCheckpoint) -> None:
+    """What the caller's own iterable raises reaches the caller, after what was drawn before."""
+
+    def sources() -> Iterator[AudioSource]:
+        yield np.zeros(1_600, np.float32), 16_000
+        raise KeyError("mine")
+
+    transcripts = arkasr.load_model(make_checkpoint()).transcribe(sources())
+    assert next(transcripts).duration_s == pytest.approx(0.1)
+    with pytest.raises(KeyError, match="mine"):
+        next(transcripts)
+
+
+def test_timings_of_every_stage_remain(make_checkpoint: MakeCheckpoint) -> None:
+    """Regression: the last segment of a recording came without timings, and those before were forgotten."""
+    transcriber = arkasr.load_model(make_checkpoint())
+    clip = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10, 16_000
+    timings_s = transcriber.transcribe(clip, options=arkasr.DecodeOptions(guard=False), vad=False).timings_s
+    assert {"load", "log_mel", "encoder", "prefill", "decode"} <= timings_s.keys()
+    assert all(seconds > 0 for seconds in timings_s.values())
 
 
 def test_a_named_temporary_file_is_one_clip(make_checkpoint: MakeCheckpoint) -> None:

@@ -11,9 +11,11 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +34,7 @@ DYNAMIC_RANGE = 8.0  # decades below the clip's maximum
 MIN_RATE, MAX_RATE = 1_000, 1_000_000
 MAX_CHANNELS = 256
 READ_FRAMES = 1 << 18
-MAX_VALUES = 1 << 30  # samples times channels: 4 GiB, three hours of 44.1 kHz stereo
+MAX_SAMPLES = 1 << 28  # of what is held in memory at once: 1 GiB, 4.6 hours
 UNKNOWN_FRAMES = 1 << 62  # libsndfile's answer for a stream whose header has no length
 
 # libsndfile's log where a header promises more bytes than the file has; writers to a pipe promise (nearly) 2 or 4 GiB.
@@ -40,6 +42,7 @@ _CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (
 _STREAMED_BYTES = 0x7FFF0000
 
 Waveform = npt.NDArray[np.float32]  # [samples], mono, 16 kHz, nominally in [-1, 1]
+Block = npt.NDArray[np.float32]  # [samples, channels], at the file's rate
 
 
 @runtime_checkable
@@ -77,6 +80,14 @@ class _Bytes(io.BytesIO):
         return self.tell() if whence == 0 and offset < 0 else super().seek(offset, whence)
 
 
+class _File(io.FileIO):
+    """An open file, nameless too, for it is opened by its number; read as it is decoded."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """As `_Bytes.seek`."""
+        return self.tell() if whence == 0 and offset < 0 else super().seek(offset, whence)
+
+
 def load(source: AudioSource) -> Waveform:
     """Read audio of any rate, depth and channel count as a mono 16 kHz float32 waveform, [samples].
 
@@ -85,28 +96,58 @@ def load(source: AudioSource) -> Waveform:
             with the array as [samples] or [samples, channels]; integer arrays are scaled by their type's range.
 
     Raises:
-        AudioError: missing, empty, damaged, truncated or non-finite audio.
+        AudioError: missing, empty, damaged, truncated, huge or non-finite audio.
         MissingExtraError: the container needs the `av` extra.
+    """
+    blocks: list[Waveform] = []
+    for block in stream(source):
+        blocks.append(block)
+        if sum(map(len, blocks)) > MAX_SAMPLES:
+            raise AudioError(f"{describe(source)}: over {MAX_SAMPLES} samples; cut it into pieces")
+    return np.concatenate(blocks)
+
+
+def stream(source: AudioSource) -> Iterator[Waveform]:
+    """The samples of `load`, in blocks of some seconds as they are decoded; memory does not grow with the audio.
+
+    Raises:
+        AudioError, MissingExtraError: as `load`; what is found behind the start, after the blocks before.
     """
     place = describe(source)
     if isinstance(source, tuple):
-        samples, rate = _from_array(*source, place)
-    else:
-        samples, rate = _decode(_open(source, place), place)
+        rate, blocks = _from_array(*source, place)
+        yield from _mono(blocks, rate, place)
+        return
+    with _open(source, place) as file:
+        rate, blocks = _decode(file, place)
+        yield from _mono(blocks, rate, place)
+
+
+def _mono(blocks: Iterable[Block], rate: int, place: str) -> Iterator[Waveform]:
+    """Blocks [samples, channels] of a rate, mixed and resampled."""
     if not MIN_RATE <= rate <= MAX_RATE:
         raise AudioError(f"{place}: sample rate {rate} Hz is outside {MIN_RATE}..{MAX_RATE}; check the file's header")
-    if len(samples) == 0:
+    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    num_read = 0
+    for samples in blocks:
+        if not np.isfinite(samples).all():
+            where_s = (num_read + int(np.argmin(np.isfinite(samples).all(axis=1)))) / rate
+            raise AudioError(f"{place}: NaN or infinite sample at {where_s:.3f} s; write the file again")
+        num_read += len(samples)
+        with np.errstate(over="ignore"):
+            mono = samples.mean(axis=1, dtype=np.float32)
+            yield _finite(mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono), place)
+    if num_read == 0:
         raise AudioError(f"{place}: no samples; the recording is empty")
-    if not np.isfinite(samples).all():
-        where_s = int(np.argmin(np.isfinite(samples).all(axis=1))) / rate
-        raise AudioError(f"{place}: NaN or infinite sample at {where_s:.3f} s; write the file again")
-    with np.errstate(over="ignore"):
-        mono = samples.mean(axis=1, dtype=np.float32)
-        if rate != SAMPLE_RATE:
-            mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
-    if not np.isfinite(mono).all():
+    if rate != SAMPLE_RATE:
+        with np.errstate(over="ignore"):
+            yield _finite(resampler.resample_chunk(np.zeros(0, np.float32), last=True), place)
+
+
+def _finite(waveform: Waveform, place: str) -> Waveform:
+    if not np.isfinite(waveform).all():
         raise AudioError(f"{place}: samples too large to mix and resample; write the file again")
-    return np.ascontiguousarray(mono, dtype=np.float32)
+    return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
 def duration_s(path: Path) -> float:
@@ -123,9 +164,12 @@ def _open(source: str | os.PathLike[str] | bytes | Readable, place: str) -> Bina
     if not isinstance(source, str | os.PathLike):
         return _Bytes(source.read())
     if os.fspath(source) == "-":
-        return _Bytes(sys.stdin.buffer.read())
+        # Not through its buffer, whose lock a thread that waits here would hold when Ctrl-C ends the program.
+        return _Bytes(sys.stdin.buffer.raw.read())  # type: ignore[union-attr]
     try:
         path = Path(source)
+        if path.is_file():
+            return _File(os.open(path, os.O_RDONLY))
         device = path.is_char_device() or path.is_block_device()  # without an end
         return _Bytes(b"" if device else path.read_bytes())
     except FileNotFoundError:
@@ -137,45 +181,45 @@ def _open(source: str | os.PathLike[str] | bytes | Readable, place: str) -> Bina
         raise AudioError(f"{place}: cannot be read ({reason}); check its name and permissions") from None
 
 
-def _decode(stream: BinaryIO, place: str) -> tuple[npt.NDArray[np.float32], int]:
-    """Decode a whole file to [samples, channels] and its rate."""
-    with stream:
-        head = stream.read(16)
-        if not head:
-            raise AudioError(f"{place}: empty file (0 bytes); record or copy it again")
-        stream.seek(0)
+def _decode(file: BinaryIO, place: str) -> tuple[int, Iterator[Block]]:
+    """The sample rate of an encoded file, and its samples in blocks [samples, channels]."""
+    try:
+        head = file.read(16)
+    except OSError as error:  # of a disk, or of what is no file, such as /proc/self/mem
+        raise AudioError(f"{place}: cannot be read ({error.strerror}); check its name and permissions") from None
+    if not head:
+        raise AudioError(f"{place}: empty file (0 bytes); record or copy it again")
+    file.seek(0)
+    try:
+        decoded = soundfile.SoundFile(file)
+    except soundfile.LibsndfileError as error:
+        container = _av_container(head)
+        if container is None:
+            raise AudioError(
+                f"{place}: not readable as audio ({error.error_string.strip(' .')}); convert it to wav or flac"
+            ) from None
+        file.seek(0)
+        return _decode_with_av(file, place, container)
+    return decoded.samplerate, _blocks(decoded, place)
+
+
+def _blocks(file: soundfile.SoundFile, place: str) -> Iterator[Block]:
+    """All samples: a damaged or streamed header's length is no size to allocate, nor to believe."""
+    num_read = 0
+    with file:
         try:
-            with soundfile.SoundFile(stream) as file:
-                return _read_samples(file, place), file.samplerate
+            while len(block := file.read(READ_FRAMES, dtype="float32", always_2d=True)):
+                num_read += len(block)
+                yield block
         except soundfile.LibsndfileError as error:
-            container = _av_container(head)
-            if container is None:
-                raise AudioError(
-                    f"{place}: not readable as audio ({error.error_string.strip(' .')}); convert it to wav or flac"
-                ) from None
-        stream.seek(0)
-        return _decode_with_av(stream, place, container)
-
-
-def _read_samples(file: soundfile.SoundFile, place: str) -> npt.NDArray[np.float32]:
-    """All samples, [samples, channels], in blocks: a damaged or streamed header's length is no size to allocate."""
-    blocks = []
-    while len(block := file.read(READ_FRAMES, dtype="float32", always_2d=True)):
-        blocks.append(block)
-        _check_size(sum(map(len, blocks)) * file.channels, place)
-    samples = np.concatenate(blocks or [np.zeros((0, 1), np.float32)])
-    if len(samples) < file.frames < UNKNOWN_FRAMES:
-        raise AudioError(f"{place}: truncated, {len(samples)} of {file.frames} samples could be read; copy it again")
-    for promised, there in _CUT_SHORT.findall(file.extra_info):
-        if int(there) < int(promised) < _STREAMED_BYTES:
-            raise AudioError(f"{place}: truncated, {there} of {promised} bytes of samples are there; copy it again")
-    return samples
-
-
-def _check_size(num_values: int, place: str) -> None:
-    """Stop decoding what a few bytes were blown up to: a megabyte of FLAC can stand for 80 GB of silence."""
-    if num_values > MAX_VALUES:
-        raise AudioError(f"{place}: over {MAX_VALUES} samples in all channels; cut it into pieces")
+            raise AudioError(
+                f"{place}: not readable as audio ({error.error_string.strip(' .')}); convert it to wav or flac"
+            ) from None
+        if num_read < file.frames < UNKNOWN_FRAMES:
+            raise AudioError(f"{place}: truncated, {num_read} of {file.frames} samples could be read; copy it again")
+        for promised, there in _CUT_SHORT.findall(file.extra_info):
+            if int(there) < int(promised) < _STREAMED_BYTES:
+                raise AudioError(f"{place}: truncated, {there} of {promised} bytes of samples are there; copy it again")
 
 
 def _av_container(head: bytes) -> str | None:
@@ -185,32 +229,36 @@ def _av_container(head: bytes) -> str | None:
     return "aac" if head[:2] in _ADTS else None
 
 
-def _decode_with_av(stream: BinaryIO, place: str, container: str) -> tuple[npt.NDArray[np.float32], int]:
+def _decode_with_av(file: BinaryIO, place: str, container: str) -> tuple[int, Iterator[Block]]:
     try:
         import av
     except ImportError:
         raise MissingExtraError(f"{place}: {container} needs PyAV; pip install 'arkasr[av]'") from None
     try:
-        with av.open(stream, mode="r", metadata_errors="ignore") as file:
-            if not file.streams.audio:
-                raise AudioError(f"{place}: {container} without an audio track; nothing to transcribe")
-            if file.streams.audio[0].codec_context is None:
-                raise AudioError(f"{place}: {container} with an unknown audio codec; convert it to wav or flac")
-            rate = file.streams.audio[0].rate
-            resampler = av.AudioResampler(format="fltp")
-            frames, num_values = [], 0
-            for frame in file.decode(audio=0):
-                frames += resampler.resample(frame)
-                num_values += frame.samples * frame.layout.nb_channels
-                _check_size(num_values, place)
-            frames += resampler.resample(None)
+        opened = av.open(file, mode="r", metadata_errors="ignore")
+        if not opened.streams.audio:
+            raise AudioError(f"{place}: {container} without an audio track; nothing to transcribe")
+        if opened.streams.audio[0].codec_context is None:
+            raise AudioError(f"{place}: {container} with an unknown audio codec; convert it to wav or flac")
     except av.FFmpegError as error:
         raise AudioError(f"{place}: damaged {container} ({error.strerror}); convert it to wav or flac") from None
-    blocks = [frame.to_ndarray().T.astype(np.float32) for frame in frames]  # [samples, channels]
-    return np.concatenate(blocks or [np.zeros((0, 1), np.float32)]), rate
+    return opened.streams.audio[0].rate, _av_blocks(opened, place, container)
 
 
-def _from_array(samples: npt.NDArray[np.generic], rate: int, place: str) -> tuple[npt.NDArray[np.float32], int]:
+def _av_blocks(opened: Any, place: str, container: str) -> Iterator[Block]:
+    import av
+
+    resampler = av.AudioResampler(format="fltp")
+    try:
+        with opened:
+            for frame in chain(opened.decode(audio=0), [None]):
+                for piece in resampler.resample(frame):
+                    yield piece.to_ndarray().T.astype(np.float32)  # [samples, channels]
+    except av.FFmpegError as error:
+        raise AudioError(f"{place}: damaged {container} ({error.strerror}); convert it to wav or flac") from None
+
+
+def _from_array(samples: npt.NDArray[np.generic], rate: int, place: str) -> tuple[int, Iterator[Block]]:
     if samples.ndim == 1:
         samples = samples[:, None]
     if samples.ndim != 2 or samples.shape[1] == 0:
@@ -220,13 +268,18 @@ def _from_array(samples: npt.NDArray[np.generic], rate: int, place: str) -> tupl
     kinds = (np.floating, np.signedinteger, np.uint8)
     if not any(np.issubdtype(samples.dtype, kind) for kind in kinds):
         raise AudioError(f"{place}: array of {samples.dtype}, wanted floats, signed integers or uint8")
+    starts = range(0, len(samples), READ_FRAMES)
+    return rate, (_as_floats(samples[start : start + READ_FRAMES]) for start in starts)
+
+
+def _as_floats(samples: npt.NDArray[np.generic]) -> Block:
     with np.errstate(over="ignore"):  # infinity is refused with its place
         values = samples.astype(np.float32)
     if np.issubdtype(samples.dtype, np.floating):
-        return values, rate
+        return values
     if samples.dtype == np.uint8:
-        return (values - np.float32(128)) / np.float32(128), rate
-    return values / np.float32(2 ** (8 * samples.dtype.itemsize - 1)), rate
+        return (values - np.float32(128)) / np.float32(128)
+    return values / np.float32(2 ** (8 * samples.dtype.itemsize - 1))
 
 
 def num_mel_frames(num_samples: int) -> int:

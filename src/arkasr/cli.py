@@ -3,9 +3,11 @@
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,13 +26,20 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from arkasr import __version__, audio, export, hub, pins
+from arkasr import __version__, audio, export, hub, jobs, pins
 from arkasr.checkpoint import open_checkpoint
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.errors import ArkASRError, MissingExtraError, UsageError
-from arkasr.files import write_atomically
-from arkasr.results import WRITERS, Transcript, write_json_error
-from arkasr.transcribe import BATCH_SIZE, load_model
+from arkasr.results import (
+    DEFAULT_SUBTITLES,
+    WRITERS,
+    Segment,
+    SubtitleOptions,
+    Transcript,
+    join_texts,
+    write_json_error,
+)
+from arkasr.transcribe import BATCH_SIZE, Transcriber, load_model
 
 app = typer.Typer(
     name="ark-asr",
@@ -86,6 +95,9 @@ class FormatChoice(StrEnum):
     """Names of --format."""
 
     TXT = "txt"
+    SRT = "srt"
+    VTT = "vtt"
+    TSV = "tsv"
     JSON = "json"
 
 
@@ -123,80 +135,108 @@ def transcribe(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above it tokens are sampled.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     batch_size: Annotated[
-        int, typer.Option(help="Clips that share a pass; the text does not depend on it.")
+        int, typer.Option(help="Spans that share a pass; the text does not depend on it.")
     ] = BATCH_SIZE,
-    output_format: Annotated[
-        FormatChoice, typer.Option("--format", help="txt, or json: one object a line and file.")
-    ] = (FormatChoice.TXT),
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Write one file per input here instead of to standard output.")
+    formats: Annotated[
+        list[FormatChoice] | None,
+        typer.Option("--format", help="txt, srt, vtt, tsv or json; give it again for several.  [default: txt]"),
     ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Write files here, one per input and format, instead of to standard output.")
+    ] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Take the audio files in folders, too.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what --output-dir already has, and go on.")] = False,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts of the inputs.")] = "1/1",
+    max_line_width: Annotated[
+        int, typer.Option(help="Columns of a subtitle's line.")
+    ] = DEFAULT_SUBTITLES.max_line_width,
+    max_line_count: Annotated[int, typer.Option(help="Lines of a subtitle.")] = DEFAULT_SUBTITLES.max_line_count,
+    vad: Annotated[bool, typer.Option("--vad/--no-vad", help="Find where speech is, and leave out the rest.")] = True,
+    guard: Annotated[bool, typer.Option("--guard/--no-guard", help="End loops, and hear doubtful spans again.")] = True,
 ) -> None:
-    """Transcribe audio files of up to 30 s: text on standard output, everything else on standard error."""
-    options = DecodeOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    targets = _targets(files, output_dir, output_format)
+    """Transcribe audio of any length: text on standard output, everything else on standard error."""
+    options = DecodeOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, guard=guard)
+    subtitles = SubtitleOptions(max_line_width, max_line_count)
+    names = list(dict.fromkeys(choice.value for choice in formats or [FormatChoice.TXT]))
+    if output_dir is None and (len(names) > 1 or resume):
+        raise UsageError("several formats, and --resume, need --output-dir")
+    found = jobs.find(files, recursive=recursive)
+    inputs = jobs.shard(found if output_dir is None else jobs.distinct(found), shard)
     if model is None:
         model = hub.default_model()
         if model == "tiny":
             print(TINY_NOTICE, file=sys.stderr)
     folder = _pull(model, offline=offline)
-    transcriber = load_model(folder, engine=engine.value, device=device, dtype=dtype.value, report=_report)
-    failed = 0
-    outcomes = transcriber.outcomes(files, options=options, batch_size=batch_size)
-    with _progress(len(files), text_on_terminal=output_dir is None and sys.stdout.isatty()) as advance:
-        for source, outcome in outcomes:
-            name = str(source)
-            failed += isinstance(outcome, ArkASRError)
-            if isinstance(outcome, ArkASRError):
-                print(f"ark-asr: {outcome}", file=sys.stderr)
-            _deliver(outcome, name, targets[name], output_format)
-            advance()
+
+    def load() -> Transcriber:
+        return load_model(folder, engine=engine.value, device=device, dtype=dtype.value, report=_report)
+
+    if output_dir is not None:
+        with jobs.Outputs(output_dir, names, subtitles, part=shard, resume=resume) as outputs:
+            waiting = [one for one in inputs if not outputs.is_done(one)]
+            if len(waiting) < len(inputs):
+                _report(f"{len(inputs) - len(waiting)} of {len(inputs)} files are done already")
+            failed = _run(load, waiting, outputs.add, options, vad=vad, batch_size=batch_size) if waiting else 0
+    elif names == ["txt"] and len(inputs) == 1:
+        failed = 0
+        _print_as_heard(load().segments(inputs[0].name, options=options, vad=vad, batch_size=batch_size))
+    else:
+        to_stdout = partial(_print, format_name=names[0], options=subtitles)
+        failed = _run(load, inputs, to_stdout, options, vad=vad, batch_size=batch_size)
     if failed:
-        if len(files) > 1:
-            print(f"ark-asr: {failed} of {len(files)} files failed", file=sys.stderr)
+        if len(inputs) > 1:
+            print(f"ark-asr: {failed} of {len(inputs)} files failed", file=sys.stderr)
         raise typer.Exit(1)
 
 
-def _targets(files: list[str], output_dir: Path | None, output_format: FormatChoice) -> dict[str, Path | None]:
-    """Where each input's text goes; None is standard output.
+def _run(
+    load: Callable[[], Transcriber],
+    inputs: list[jobs.Input],
+    deliver: Callable[[jobs.Input, Transcript | ArkASRError], None],
+    options: DecodeOptions,
+    *,
+    vad: bool,
+    batch_size: int,
+) -> int:
+    """Transcribe files and deliver what becomes of each; returns how many failed."""
+    failed = 0
+    outcomes = load().outcomes([one.name for one in inputs], options=options, vad=vad, batch_size=batch_size)
+    with _progress(len(inputs), text_on_terminal=deliver.__class__ is partial and sys.stdout.isatty()) as advance:
+        for one, (_, outcome) in zip(inputs, outcomes, strict=True):
+            if isinstance(outcome, ArkASRError):
+                failed += 1
+                print(f"ark-asr: {outcome}", file=sys.stderr)
+            deliver(one, outcome)
+            advance(outcome.duration_s if isinstance(outcome, Transcript) else 0.0)
+    return failed
 
-    Raises:
-        UsageError: two inputs would overwrite each other, or the folder cannot be made.
-    """
-    if output_dir is None:
-        return dict.fromkeys(files)
-    targets: dict[str, Path | None] = {}
-    taken: dict[Path, str] = {}
-    for name in files:
-        target = output_dir / f"{'stdin' if name == '-' else Path(name).stem}.{output_format.value}"
-        if taken.setdefault(target, name) != name:
-            raise UsageError(f"{name} and {taken[target]} would both be written to {target}; rename one")
-        targets[name] = target
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{output_dir}: cannot be made ({error.strerror}); give another --output-dir") from None
-    return targets
 
-
-def _deliver(outcome: Transcript | ArkASRError, name: str, target: Path | None, output_format: FormatChoice) -> None:
-    text = io.StringIO()
+def _print(one: jobs.Input, outcome: Transcript | ArkASRError, *, format_name: str, options: SubtitleOptions) -> None:
     if isinstance(outcome, Transcript):
-        WRITERS[output_format.value](outcome, text)
-    elif output_format is FormatChoice.JSON:
-        write_json_error(audio.describe(name), str(outcome), text)
-    if target is None:
-        sys.stdout.write(text.getvalue())
-        sys.stdout.flush()
-    elif isinstance(outcome, Transcript):
-        try:
-            write_atomically(target, lambda part: part.write_text(text.getvalue(), "utf-8", "backslashreplace"))
-        except OSError as error:
-            raise UsageError(f"{target}: cannot be written ({error.strerror}); give another --output-dir") from None
+        WRITERS[format_name](outcome, sys.stdout, options)
+    elif format_name == "json":
+        write_json_error(audio.describe(one.name), str(outcome), sys.stdout)
+    sys.stdout.flush()
+
+
+def _print_as_heard(segments: Iterator[Segment]) -> None:
+    """Text as soon as it is known; what was heard before an error stays."""
+    text = ""
+    try:
+        for segment in segments:
+            joined = join_texts((text, segment.text))
+            sys.stdout.write(joined[len(text) :])
+            sys.stdout.flush()
+            text = joined
+    finally:
+        if text:
+            print(flush=True)
+    if not text:
+        print()
 
 
 @contextmanager
-def _progress(total: int, *, text_on_terminal: bool) -> Iterator[Callable[[], None]]:
+def _progress(total: int, *, text_on_terminal: bool) -> Iterator[Callable[[float], None]]:
     """A bar on standard error for many files, if a person watches and the text does not itself show how far it is."""
     console = Console(stderr=True)
     columns = (
@@ -205,12 +245,20 @@ def _progress(total: int, *, text_on_terminal: bool) -> Iterator[Callable[[], No
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("RTFx {task.fields[rtfx]:.1f}"),
     )
     off = total < 2 or not console.is_terminal or text_on_terminal
+    started, heard_s = time.perf_counter(), 0.0
     # rich would send our text, too, to its own console, which is standard error.
     with Progress(*columns, console=console, disable=off, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task("transcribing", total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task("transcribing", total=total, rtfx=0.0)
+
+        def advance(duration_s: float) -> None:
+            nonlocal heard_s
+            heard_s += duration_s
+            bar.update(task, advance=1, rtfx=heard_s / (time.perf_counter() - started))
+
+        yield advance
 
 
 def _report(line: str) -> None:

@@ -265,19 +265,15 @@ def write(
     for name in COPIED:
         if (source.folder / name).exists():
             shutil.copyfile(source.folder / name, folder / name)
-    known = {path.name: _known(path) for path in sorted(folder.iterdir())}
+    known = {path.name: files.measure(path) for path in sorted(folder.iterdir())}
     manifest = Manifest(FORMAT, precision, asdict(_made_from(source)), table, known)
     files.write_text_atomically(folder / files.MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
-
-
-def _known(path: Path) -> files.Known:
-    return files.Known(path.stat().st_size, files.sha256(path))
 
 
 def _made_from(source: Checkpoint) -> pins.Lock:
     """The lock of a checkpoint, or for one that has none the hashes of weights and config."""
     read = [source.folder / files.CONFIG, *source.shards]
-    return pins.read_lock(source.folder) or pins.Lock(None, None, {path.name: _known(path) for path in read})
+    return pins.read_lock(source.folder) or pins.Lock(None, None, {path.name: files.measure(path) for path in read})
 
 
 def _check_widths(source: Checkpoint) -> None:

@@ -84,8 +84,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """`write_atomically` of text, as UTF-8."""
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """`write_atomically` of text, as UTF-8; a file's name in it that is none is written with escapes."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def check(path: Path) -> int:
@@ -144,6 +144,11 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def measure(path: Path) -> Known:
+    """What a file is."""
+    return Known(path.stat().st_size, sha256(path))
 
 
 def git_blob_sha1(path: Path) -> str:

@@ -1,22 +1,30 @@
-"""Audio to text: load, generate, to_text, Transcript. The one place where the stages meet."""
+"""Audio to text: stream, split, generate, to_text, Transcript. The one place where the stages meet.
+
+    sources -> spans (decoded, heard and cut in a thread that runs ahead) -> batches -> segments, in order
+
+Unusual: a batch is whatever spans are there, of one recording or of several: the first span is recognized at once, the
+later ones in company. No number depends on the company.
+"""
 
 import logging
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import overload
+from typing import Self, overload
 
 import numpy as np
 
-from arkasr import audio, checkpoint, engines
+from arkasr import audio, checkpoint, engines, segment
 from arkasr.audio import AudioSource, Readable, Waveform
-from arkasr.config import MAX_CLIP_S
-from arkasr.engines import DecodeOptions, Dtype, Engine, EngineName, Generation
+from arkasr.engines import DecodeOptions, Dtype, Engine, EngineName
 from arkasr.errors import ArkASRError, AudioError, UsageError
-from arkasr.results import Transcript
+from arkasr.recognize import Recognizer, joined
+from arkasr.results import Segment, Transcript
+from arkasr.segment import Span
 from arkasr.text import TextRules
 
 BATCH_SIZE = 16
@@ -25,13 +33,19 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Clip:
-    """A source and its samples, or why there are none."""
+class _End:
+    """Of a recording: seconds of audio, and of work to decode and cut it."""
+
+    duration_s: float
+    load_s: float
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A span of a recording, its end, or why there is no more of it."""
 
     source: AudioSource
-    waveform: Waveform | None
-    error: ArkASRError | None
-    load_s: float
+    content: Span | _End | ArkASRError
 
 
 class Transcriber:
@@ -44,11 +58,11 @@ class Transcriber:
 
     @overload
     def transcribe(  # type: ignore[overload-overlap]  # a path is also an iterable of characters
-        self, audio: AudioSource, *, options: DecodeOptions = ..., batch_size: int = ...
+        self, audio: AudioSource, *, options: DecodeOptions = ..., vad: bool = ..., batch_size: int = ...
     ) -> Transcript: ...
     @overload
     def transcribe(
-        self, audio: Iterable[AudioSource], *, options: DecodeOptions = ..., batch_size: int = ...
+        self, audio: Iterable[AudioSource], *, options: DecodeOptions = ..., vad: bool = ..., batch_size: int = ...
     ) -> Iterator[Transcript]: ...
 
     def transcribe(
@@ -56,26 +70,28 @@ class Transcriber:
         audio: AudioSource | Iterable[AudioSource],
         *,
         options: DecodeOptions = DecodeOptions(),  # noqa: B008 - frozen
+        vad: bool = True,
         batch_size: int = BATCH_SIZE,
     ) -> Transcript | Iterator[Transcript]:
-        """Transcribe one clip, or lazily each clip of an iterable, in order.
+        """Transcribe one recording of any length, or lazily each of an iterable, in order.
 
         Args:
             audio: a path, "-", bytes, a binary file object or (array, sample rate); or an iterable of these.
             options: how to decode.
-            batch_size: clips that share a pass through the network; the text does not depend on it.
+            vad: whether a voice activity detector says where speech is; without, all audio is taken for speech.
+            batch_size: spans that share a pass through the network; the text does not depend on it.
 
         Raises:
-            AudioError: a clip cannot be read or is longer than 30 s.
+            AudioError: a recording cannot be read.
         """
         if isinstance(audio, str | os.PathLike | bytes | Readable) or _is_array(audio):
-            return next(self._transcripts([audio], options, batch_size))  # type: ignore[list-item]
-        return self._transcripts(audio, options, batch_size)  # type: ignore[arg-type]
+            return next(self._transcripts([audio], options, vad, batch_size))  # type: ignore[list-item]
+        return self._transcripts(audio, options, vad, batch_size)  # type: ignore[arg-type]
 
     def _transcripts(
-        self, sources: Iterable[AudioSource], options: DecodeOptions, batch_size: int
+        self, sources: Iterable[AudioSource], options: DecodeOptions, vad: bool, batch_size: int
     ) -> Iterator[Transcript]:
-        for _, outcome in self.outcomes(sources, options=options, batch_size=batch_size):
+        for _, outcome in self.outcomes(sources, options=options, vad=vad, batch_size=batch_size):
             if isinstance(outcome, ArkASRError):
                 raise outcome
             yield outcome
@@ -85,59 +101,169 @@ class Transcriber:
         sources: Iterable[AudioSource],
         *,
         options: DecodeOptions = DecodeOptions(),  # noqa: B008 - frozen
+        vad: bool = True,
         batch_size: int = BATCH_SIZE,
     ) -> Iterator[tuple[AudioSource, Transcript | ArkASRError]]:
-        """Each source with its transcript, or with the error that a bad clip met; lazily and in order."""
+        """Each source with its transcript, or with the error that a bad one met; lazily and in order."""
+        said: list[Segment] = []
+        timings_s: dict[str, float] = {}
+        for source, content in self._heard(sources, options, vad, batch_size):
+            if isinstance(content, tuple):
+                segments, spent_s = content
+                said += segments
+                timings_s |= {stage: timings_s.get(stage, 0.0) + seconds for stage, seconds in spent_s.items()}
+                continue
+            if isinstance(content, _End):
+                load_s = {"load": content.load_s}
+                yield source, Transcript(audio.describe(source), tuple(said), content.duration_s, load_s | timings_s)
+            else:
+                yield source, content
+            said, timings_s = [], {}
+
+    def segments(
+        self,
+        source: AudioSource,
+        *,
+        options: DecodeOptions = DecodeOptions(),  # noqa: B008 - frozen
+        vad: bool = True,
+        batch_size: int = BATCH_SIZE,
+    ) -> Iterator[Segment]:
+        """The segments of one recording, each as soon as it is known.
+
+        Raises:
+            AudioError: it cannot be read, or not to its end.
+        """
+        for _, content in self._heard([source], options, vad, batch_size):
+            if isinstance(content, ArkASRError):
+                raise content
+            if isinstance(content, tuple):
+                yield from content[0]
+
+    def _heard(
+        self, sources: Iterable[AudioSource], options: DecodeOptions, vad: bool, batch_size: int
+    ) -> Iterator[tuple[AudioSource, tuple[list[Segment], dict[str, float]] | _End | ArkASRError]]:
+        """Of each source its segments in order, with the seconds spent; then its end, or its error."""
         if not 1 <= batch_size <= MAX_BATCH_SIZE:
             raise UsageError(f"batch_size is {batch_size}; give 1..{MAX_BATCH_SIZE}")
-        remaining = iter(sources)
-        while sources_of_batch := list(islice(remaining, batch_size)):
-            clips = [self._load(source) for source in sources_of_batch]
-            waveforms = [clip.waveform for clip in clips if clip.waveform is not None]
-            generations = iter(self.engine.generate(waveforms, options) if waveforms else [])
-            for clip in clips:
-                if clip.waveform is None:
-                    assert clip.error is not None
-                    yield clip.source, clip.error
-                else:
-                    yield clip.source, self._transcript(clip, clip.waveform, next(generations))
+        recognizer = Recognizer(self.engine, self.rules, options, vad=vad)
+        before: Span | None = None
+        held: list[Segment] = []  # the last segment: words of a span that overlaps may yet be cut off it
+        with _Ahead(_pieces(sources, vad), size=2 * batch_size) as ahead:
+            while pieces := ahead.take(batch_size):
+                spans = [piece.content for piece in pieces if isinstance(piece.content, Span)]
+                heard = iter(recognizer.segments(spans))
+                for piece in pieces:
+                    if not isinstance(piece.content, Span):
+                        if held:
+                            yield piece.source, (held, {})
+                        held, before = [], None
+                        yield piece.source, piece.content
+                        continue
+                    segments, spent_s = next(heard)
+                    if before is not None and piece.content.overlap:
+                        held, segments = joined(held, segments, before, piece.content)
+                    yield piece.source, (held, spent_s)
+                    held, before = segments, piece.content
 
-    def _load(self, source: AudioSource) -> _Clip:
-        started = time.perf_counter()
+
+def _pieces(sources: Iterable[AudioSource], vad: bool) -> Iterator[_Piece]:
+    """Every source decoded and cut; errors stand in their places."""
+    for source in sources:
+        clock = _Clock()
         try:
-            waveform = audio.load(source)
-            _check_length(waveform, audio.describe(source))
+            for span in segment.split(clock.blocks(audio.stream(source)), vad=vad):
+                clock.pause()
+                if len(span.waveform) >= audio.HOP_SAMPLES:
+                    yield _Piece(source, span)
+                clock.go_on()
+            clock.pause()
+            if clock.num_samples < audio.HOP_SAMPLES:
+                raise AudioError(
+                    f"{audio.describe(source)}: {clock.num_samples} samples at 16 kHz, less than one 10 ms frame; "
+                    "nothing to transcribe"
+                )
+            yield _Piece(source, _End(clock.num_samples / audio.SAMPLE_RATE, clock.spent_s))
         except ArkASRError as error:
-            return _Clip(source, None, error, 0.0)
-        return _Clip(source, waveform, None, time.perf_counter() - started)
+            yield _Piece(source, error)
 
-    def _transcript(self, clip: _Clip, waveform: Waveform, generation: Generation) -> Transcript:
-        started = time.perf_counter()
-        text = self.rules.to_text(list(generation.ids))
-        return Transcript(
-            source=audio.describe(clip.source),
-            text=text,
-            tokens=generation.ids,
-            duration_s=len(waveform) / audio.SAMPLE_RATE,
-            confidence=generation.confidence,
-            complete=generation.stop_logprob is not None,
-            timings_s={"load": clip.load_s, **generation.timings_s, "text": time.perf_counter() - started},
-        )
+
+class _Clock:
+    """Counts samples, and seconds while it is not paused."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.spent_s = 0.0
+        self.go_on()
+
+    def go_on(self) -> None:
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        self.spent_s += time.perf_counter() - self._since
+
+    def blocks(self, blocks: Iterable[Waveform]) -> Iterator[Waveform]:
+        for block in blocks:
+            self.num_samples += len(block)
+            yield block
+
+
+class _Ahead:
+    """Runs an iterator in a thread, some items ahead of those who take them."""
+
+    def __init__(self, items: Iterator[_Piece], *, size: int) -> None:
+        self._items = items
+        self._queue: queue.Queue[_Piece | BaseException | None] = queue.Queue(size)
+        self._stopped = threading.Event()
+        self._error: BaseException | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="arkasr-ahead", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join(1)  # it may wait for a pipe, and somebody may have pressed Ctrl-C for that
+
+    def _run(self) -> None:
+        last: BaseException | None = None
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+        except BaseException as error:  # noqa: BLE001 - whatever the caller's own iterable raises is the caller's
+            last = error
+        self._put(last)
+
+    def _put(self, item: _Piece | BaseException | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def take(self, most: int) -> list[_Piece]:
+        """What is there, at least one item; none at the end."""
+        taken: list[_Piece] = []
+        while len(taken) < most and not self._ended:
+            try:
+                item = self._queue.get(block=not taken)
+            except queue.Empty:
+                break
+            if isinstance(item, _Piece):
+                taken.append(item)
+                continue
+            self._ended, self._error = True, item
+        if not taken and self._error is not None:
+            raise self._error
+        return taken
 
 
 def _is_array(source: object) -> bool:
     return isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], np.ndarray)
-
-
-def _check_length(waveform: Waveform, place: str) -> None:
-    samples = len(waveform)
-    if samples < audio.HOP_SAMPLES:
-        raise AudioError(f"{place}: {samples} samples at 16 kHz, less than one 10 ms frame; nothing to transcribe")
-    if samples > MAX_CLIP_S * audio.SAMPLE_RATE:
-        raise AudioError(
-            f"{place}: {samples / audio.SAMPLE_RATE:.1f} s long, and clips over {MAX_CLIP_S} s are not supported yet; "
-            "cut it at pauses"
-        )
 
 
 def load_model(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from arkasr import guards
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.errors import MissingExtraError, UsageError
@@ -30,12 +31,14 @@ class DecodeOptions:
     Attributes:
         max_new_tokens: upper bound of generated tokens a clip; a lower one follows from its duration.
         temperature: 0 is greedy; above it tokens are sampled.
+        guard: whether a clip whose tokens run in a loop is ended.
         seed: of the sampling; the same seed gives the same text.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
     temperature: float = 0.0
     seed: int = 0
+    guard: bool = True
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -51,6 +54,10 @@ class DecodeOptions:
         """Most tokens that a clip of this length may produce."""
         return min(self.max_new_tokens, EXTRA_TOKENS + math.ceil(TOKENS_PER_S * num_samples / SAMPLE_RATE))
 
+    def is_over(self, ids: Sequence[int], num_samples: int) -> bool:
+        """Whether a clip that has not stopped is ended here: by the cap, or as a loop."""
+        return len(ids) >= self.token_cap(num_samples) or (self.guard and guards.is_loop(ids, num_samples))
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -59,7 +66,7 @@ class Generation:
     Attributes:
         ids: generated token ids without the stop id.
         logprobs: natural logarithm of each id's probability among the allowed tokens, at temperature 1.
-        stop_logprob: the same of the stop id; None when the token cap ended the clip.
+        stop_logprob: the same of the stop id; None when the token cap or a loop ended the clip.
         timings_s: wall seconds of each stage, shared by the clips of a batch.
     """
 

@@ -49,7 +49,7 @@ class _Row:
 
     index: int
     length: int
-    cap: int
+    num_samples: int
     generator: np.random.Generator
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -103,7 +103,8 @@ class OnnxEngine:
             while len(batch.rows) < batch.max_rows and (index := next(waiting, None)) is not None:
                 x = self._prompt(waveforms[index], prompts[index], seconds)
                 started = time.perf_counter()
-                row = _Row(index, len(prompts[index]), caps[index], np.random.default_rng(options.seed))
+                num_samples = len(waveforms[index])
+                row = _Row(index, len(prompts[index]), num_samples, np.random.default_rng(options.seed))
                 batch.prefill(x, row)
                 done += batch.take(options, first=len(batch.rows) - 1)
                 seconds["prefill"] += time.perf_counter() - started
@@ -195,7 +196,7 @@ class _Batch:
                 row.ids.append(token)
                 row.logprobs.append(logprob)
             self._next_ids[place] = token
-            if row.stop_logprob is not None or len(row.ids) >= row.cap:
+            if row.stop_logprob is not None or options.is_over(row.ids, row.num_samples):
                 done.append(row)
                 self._remove(place)
         return done

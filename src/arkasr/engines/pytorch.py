@@ -106,7 +106,7 @@ def stack_mels(mels: Sequence[npt.NDArray[np.float32]]) -> tuple[Tensor, Tensor]
 class _Row:
     """One clip while it is decoded."""
 
-    cap: int
+    num_samples: int
     ids: list[int]
     logprobs: list[float]
     stop_logprob: float | None = None
@@ -122,7 +122,7 @@ class _Rows:
         self.forbidden = torch.from_numpy(~engine.rules.allowed_ids).to(self.device)
         # One a row, so that a sampled text does not depend on the neighbours either.
         self.generators = [torch.Generator(device=self.device).manual_seed(options.seed) for _ in waveforms]
-        self.rows = [_Row(options.token_cap(len(waveform)), [], []) for waveform in waveforms]
+        self.rows = [_Row(len(waveform), [], []) for waveform in waveforms]
         merge = engine.network.config.merge_factor
         self.prompts = [engine.rules.prompt_ids(audio.num_audio_tokens(len(waveform), merge)) for waveform in waveforms]
         self.positions = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
@@ -134,7 +134,7 @@ class _Rows:
         longest = max(len(prompt) for prompt in self.prompts)
         padding = self.rules.stop_ids[0]
         ids = torch.tensor([p + [padding] * (longest - len(p)) for p in self.prompts], device=self.device)
-        capacity = longest + max(row.cap for row in self.rows)
+        capacity = longest + max(self.options.token_cap(row.num_samples) for row in self.rows)
         x = self.network.embed(ids, embeddings)
         self.cache = KVCache(self.network.config, len(ids), capacity, x)
         positions = torch.arange(longest, device=self.device).expand_as(ids)
@@ -172,7 +172,7 @@ class _Rows:
                 continue
             row.ids.append(token_id)
             row.logprobs.append(logprob)
-            row.done = len(row.ids) >= row.cap
+            row.done = self.options.is_over(row.ids, row.num_samples)
         return not all(row.done for row in self.rows)
 
     def generations(self, timings_s: dict[str, float]) -> list[Generation]:

@@ -1,0 +1,140 @@
+"""Spans to segments: what the engine says of each, heard again where a guard doubts it, and joined where spans overlap.
+
+Unusual: a doubt proves nothing, for people do repeat themselves. So what a guard doubts is heard again, in pieces or
+with temperature, and only what nothing confirms is cut. Nothing disappears without a flag.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from arkasr import audio, guards, results, segment
+from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions, Engine, Generation
+from arkasr.results import Segment
+from arkasr.segment import Span
+from arkasr.text import TextRules
+
+RETRY_TEMPERATURE = 0.4
+PADDING_SAMPLES = 4_800  # of silence, around a span of which nothing was heard
+CONFIRMING = 0.7  # part of the words that two hearings must share for one to confirm the other
+_log = logging.getLogger(__name__)
+
+
+class Recognizer:
+    """An engine with the rules by which its words are believed."""
+
+    def __init__(self, engine: Engine, rules: TextRules, options: DecodeOptions, *, vad: bool) -> None:
+        """Without `vad`, spans are recognized however little speech was found in them."""
+        self._engine, self._rules, self._options, self._vad = engine, rules, options, vad
+
+    def segments(self, spans: Sequence[Span]) -> Iterator[tuple[list[Segment], dict[str, float]]]:
+        """The segments of each span, one but for those heard again in pieces, and its part of the network's time."""
+        spoken = [span for span in spans if not self._vad or span.has_speech]
+        said = iter(self._engine.generate([span.waveform for span in spoken], self._options) if spoken else [])
+        for span in spans:
+            if self._vad and not span.has_speech:
+                times_s = span.start / audio.SAMPLE_RATE, span.end / audio.SAMPLE_RATE
+                nothing = Segment(*times_s, "", no_speech_probability=1 - span.speech, flags=(guards.NO_SPEECH,))
+                yield [nothing], {}
+                continue
+            generation = next(said)
+            once = self._segment(span, generation, self._options)
+            said_here = self._believed(span, once, generation) if self._options.guard else [once]
+            shares_s = {stage: seconds / len(spoken) for stage, seconds in generation.timings_s.items()}
+            yield [self._spoken(segment) for segment in said_here], shares_s
+
+    def _spoken(self, said: Segment) -> Segment:
+        """The segment, without its text where nobody spoke."""
+        speech = 1 - said.no_speech_probability
+        if not self._vad or not said.text or guards.is_spoken(speech, said.confidence):
+            return said
+        return replace(said, text="", flags=(*said.flags, guards.NO_SPEECH))
+
+    def _segment(self, span: Span, generation: Generation, options: DecodeOptions, *flags: str) -> Segment:
+        text = self._rules.to_text(list(generation.ids))
+        return Segment(
+            start_s=span.first / audio.SAMPLE_RATE,
+            end_s=span.last / audio.SAMPLE_RATE,
+            text=text,
+            tokens=generation.ids,
+            confidence=generation.confidence,
+            no_speech_probability=1 - span.speech,
+            compression_ratio=guards.compression_ratio(text),
+            temperature=options.temperature,
+            flags=flags,
+        )
+
+    def _doubts(self, said: Segment, generation: Generation, num_samples: int) -> tuple[str, ...]:
+        if not said.text:
+            return (guards.EMPTY,)
+        asked = self._options.max_new_tokens
+        stopped = generation.stop_logprob is not None or (asked < MAX_NEW_TOKENS and len(generation.ids) >= asked)
+        return guards.doubts(said.text, generation.ids, num_samples, stopped=stopped)
+
+    def _believed(self, span: Span, said: Segment, generation: Generation) -> list[Segment]:
+        """What a span says, heard again where a guard doubts it: in another window, then with temperature."""
+        doubts = self._doubts(said, generation, len(span.waveform))
+        if not doubts:
+            return [said]
+        _log.info("%.2f s: %s; trying again", said.start_s, ", ".join(doubts))
+        for windows, how in self._other_windows(span, doubts):
+            heard = self._engine.generate([window.waveform for window in windows], self._options)
+            again = [self._segment(w, g, self._options, *doubts, how) for w, g in zip(windows, heard, strict=True)]
+            if doubts == (guards.REPETITIVE,) and _confirms(said.text, results.join_texts(s.text for s in again)):
+                return [replace(said, flags=doubts)]
+            checked = zip(windows, again, heard, strict=True)
+            if not any(self._doubts(s, g, len(window.waveform)) for window, s, g in checked):
+                return again
+        if doubts == (guards.EMPTY,):
+            return [replace(said, flags=doubts)]
+        warmer = replace(self._options, temperature=max(RETRY_TEMPERATURE, 2 * self._options.temperature))
+        (drawn,) = self._engine.generate([span.waveform], warmer)
+        sampled = self._segment(span, drawn, warmer, *doubts, guards.SAMPLED)
+        if not self._doubts(sampled, drawn, len(span.waveform)):
+            return [sampled]
+        confirmed = doubts == (guards.REPETITIVE,) and _confirms(said.text, sampled.text)
+        ids = list(generation.ids) if confirmed else guards.without_loop(generation.ids)
+        text = self._rules.to_text(ids)
+        cut = (guards.CUT,) if len(ids) < len(generation.ids) else ()
+        return [replace(said, text=text, compression_ratio=guards.compression_ratio(text), flags=(*doubts, *cut))]
+
+    def _other_windows(self, span: Span, doubts: tuple[str, ...]) -> Iterator[tuple[list[Span], str]]:
+        """The span in silence, where nothing was heard in it; else its halves."""
+        if doubts == (guards.EMPTY,):
+            waveform = np.pad(span.waveform, PADDING_SAMPLES)[: segment.MAX_SAMPLES]
+            yield [replace(span, waveform=waveform)], guards.PADDED
+        elif len(span.waveform) >= 2 * audio.SAMPLE_RATE:
+            yield list(segment.halves(span)), guards.SPLIT
+
+
+def _confirms(text: str, other: str) -> bool:
+    """Whether two hearings have about as many words."""
+    counts = sorted((guards.num_words(text), guards.num_words(other)))
+    return counts[0] >= CONFIRMING * counts[1]
+
+
+def joined(
+    held: list[Segment], segments: list[Segment], before: Span, span: Span
+) -> tuple[list[Segment], list[Segment]]:
+    """Segments of two spans that overlap, without the words that both heard; they meet in the middle of the overlap."""
+    left, right = results.join_texts(s.text for s in held), results.join_texts(s.text for s in segments)
+    texts = segment.join(
+        left,
+        right,
+        overlap_of_left=span.overlap / len(before.waveform),
+        overlap_of_right=span.overlap / len(span.waveform),
+    )
+    middle_s = (span.start + span.overlap / 2) / audio.SAMPLE_RATE
+    merged = [
+        replace(
+            these[0],
+            end_s=these[-1].end_s,
+            text=text,
+            tokens=tuple(token for one in these for token in one.tokens),
+            flags=tuple(dict.fromkeys((*(flag for one in these for flag in one.flags), guards.JOINED))),
+        )
+        for these, text in zip((held, segments), texts, strict=True)
+    ]
+    return [replace(merged[0], end_s=middle_s)], [replace(merged[1], start_s=middle_s)]
