@@ -100,6 +100,7 @@ class VoiceActivity:
 
     def __call__(self, waveform: Waveform) -> Probabilities:
         """Probabilities [n] of samples [512 n] that follow those of the last call."""
+        waveform = waveform.clip(-1, 1)  # an absurd sample would deafen it for good
         chunks = waveform.reshape(-1, CHUNK_SAMPLES)
         contexts = np.concatenate([self._context, waveform])[: len(waveform)].reshape(-1, CHUNK_SAMPLES)
         mirrored = chunks[:, -2 : -2 - VAD_CONTEXT_SAMPLES : -1]
