@@ -58,6 +58,7 @@ AudioSource = str | os.PathLike[str] | bytes | Readable | tuple[npt.NDArray[np.g
 
 # The first bytes of containers that libsndfile does not read and the `av` extra does.
 _AV_CONTAINERS = {"mp4/m4a": (4, b"ftyp"), "webm/matroska": (0, b"\x1aE\xdf\xa3"), "wma/asf": (0, b"0&\xb2u")}
+_SDS = b"\xf0~"  # a MIDI sample dump, of whose damages libsndfile prints a line each to stdout
 _ADTS = (b"\xff\xf1", b"\xff\xf9")  # raw aac
 
 
@@ -189,6 +190,8 @@ def _decode(file: BinaryIO, place: str) -> tuple[int, Iterator[Block]]:
         raise AudioError(f"{place}: cannot be read ({error.strerror}); check its name and permissions") from None
     if not head:
         raise AudioError(f"{place}: empty file (0 bytes); record or copy it again")
+    if head.startswith(_SDS):
+        raise AudioError(f"{place}: not readable as audio (MIDI sample dump); convert it to wav or flac")
     file.seek(0)
     try:
         decoded = soundfile.SoundFile(file)
@@ -246,14 +249,21 @@ def _decode_with_av(file: BinaryIO, place: str, container: str) -> tuple[int, It
 
 
 def _av_blocks(opened: Any, place: str, container: str) -> Iterator[Block]:
+    """All samples; packed, because PyAV reads planes behind the last of 8 channels and more, and the process dies."""
     import av
 
-    resampler = av.AudioResampler(format="fltp")
+    rate = opened.streams.audio[0].rate
+    kind: object = None
+    resampler: Any = None
     try:
         with opened:
             for frame in chain(opened.decode(audio=0), [None]):
-                for piece in resampler.resample(frame):
-                    yield piece.to_ndarray().T.astype(np.float32)  # [samples, channels]
+                # In damaged files all three may change; of HE-AAC the header's rate can be half of the frames'.
+                if frame and kind != (kind := (frame.format.name, frame.layout.name, frame.sample_rate)):
+                    resampler = av.AudioResampler(format="flt", rate=rate)
+                for piece in resampler.resample(frame) if resampler else ():
+                    packed = np.frombuffer(piece.planes[0], np.float32, piece.samples * piece.layout.nb_channels)
+                    yield packed.reshape(piece.samples, -1)  # [samples, channels]
     except av.FFmpegError as error:
         raise AudioError(f"{place}: damaged {container} ({error.strerror}); convert it to wav or flac") from None
 
@@ -265,8 +275,7 @@ def _from_array(samples: npt.NDArray[np.generic], rate: int, place: str) -> tupl
         raise AudioError(f"{place}: array of shape {samples.shape}, wanted [samples] or [samples, channels]")
     if samples.shape[1] > MAX_CHANNELS:
         raise AudioError(f"{place}: {samples.shape[1]} channels; give the array as [samples, channels], not transposed")
-    kinds = (np.floating, np.signedinteger, np.uint8)
-    if not any(np.issubdtype(samples.dtype, kind) for kind in kinds):
+    if samples.dtype.kind not in "fi" and samples.dtype != np.uint8:  # numpy's timedelta is a signedinteger
         raise AudioError(f"{place}: array of {samples.dtype}, wanted floats, signed integers or uint8")
     starts = range(0, len(samples), READ_FRAMES)
     return rate, (_as_floats(samples[start : start + READ_FRAMES]) for start in starts)

@@ -142,8 +142,9 @@ def halves(span: Span) -> tuple[Span, Span]:
     start, end = len(span.waveform) // 4, len(span.waveform) * 3 // 4
     cut = start + _quietest(span.waveform[start:end])[0]
     at = span.start + cut
-    one = replace(span, waveform=span.waveform[:cut], last=min(span.last, at))
-    return one, replace(span, start=at, waveform=span.waveform[cut:], first=max(span.first, at), overlap=0)
+    one = replace(span, waveform=span.waveform[:cut], first=min(span.first, at), last=min(span.last, at))
+    other = replace(span, start=at, waveform=span.waveform[cut:], first=max(span.first, at), last=max(span.last, at))
+    return one, replace(other, overlap=0)
 
 
 def _quietest(waveform: Waveform) -> tuple[int, float]:
