@@ -140,8 +140,6 @@ class Outputs:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except UsageError:
-            raise
         except OSError as error:
             raise UsageError(
                 f"{str(error.filename or self._folder).removesuffix(PART)}: cannot be written ({error.strerror}); "
