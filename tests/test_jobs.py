@@ -282,7 +282,14 @@ def test_folders_that_cannot_be_written(tmp_path: Path, run: Run) -> None:
 
 # ---- a job that is stopped ----
 
-PROGRAM: list[str | Path] = [Path(sys.executable).with_name("ark-asr"), "transcribe", "--model", "tiny"]
+# SIGINT does what it does in a terminal; a shell's background jobs, such as CI may be, and their children ignore it.
+CODE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from arkasr.cli import main
+main()
+"""
+PROGRAM: list[str | Path] = [sys.executable, "-c", CODE, "transcribe", "--model", "tiny"]
 AS_ALL = [word for name in FORMATS for word in ("--format", name)]
 
 
