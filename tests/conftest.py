@@ -10,7 +10,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from arkasr import cli, model, text
+from arkasr import checkpoint, cli, model, text
+from arkasr.checkpoint import Checkpoint
 from arkasr.config import ModelConfig
 from arkasr.text import TextRules
 
@@ -123,3 +124,16 @@ def small() -> ModelConfig:
 def rules(small: ModelConfig) -> TextRules:
     """Token rules of the random network."""
     return TextRules(byte_tokenizer(), vocab_size=small.vocab_size, eos_token_ids=small.eos_token_ids, place="conftest")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; its folder of exports."""
+    monkeypatch.setenv("ARKASR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "exports"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Checkpoint:
+    """The shipped model."""
+    return checkpoint.open_checkpoint("tiny")

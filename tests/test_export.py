@@ -47,18 +47,6 @@ sys.meta_path.insert(0, Forbid())
 """
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; its folder of exports."""
-    monkeypatch.setenv("ARKASR_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "exports"
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Checkpoint:
-    return checkpoint.open_checkpoint("tiny")
-
-
 @dataclass(frozen=True)
 class Speech:
     """The test clips of AN4 and what is said in them."""

@@ -19,18 +19,6 @@ CLIP = Path(__file__).parents[1] / "examples" / "audio" / "an4-rubout.flac"
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "int4")
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; its folder of exports."""
-    monkeypatch.setenv("ARKASR_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "exports"
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Checkpoint:
-    return checkpoint.open_checkpoint("tiny")
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_export_is_a_model(tiny: Checkpoint, tmp_path: Path, precision: Precision) -> None:
     """Without the checkpoint, in any place, it says what the checkpoint says."""

@@ -181,8 +181,8 @@ def transcribe(
         failed = 0
         _print_as_heard(load().segments(inputs[0].name, options=options, vad=vad, batch_size=batch_size))
     else:
-        to_stdout = partial(_print, format_name=names[0], options=subtitles)
-        failed = _run(load, inputs, to_stdout, options, vad=vad, batch_size=batch_size)
+        deliver = partial(_print, format_name=names[0], options=subtitles)
+        failed = _run(load, inputs, deliver, options, vad=vad, batch_size=batch_size, to_stdout=True)
     if failed:
         if len(inputs) > 1:
             print(f"ark-asr: {failed} of {len(inputs)} files failed", file=sys.stderr)
@@ -197,11 +197,12 @@ def _run(
     *,
     vad: bool,
     batch_size: int,
+    to_stdout: bool = False,
 ) -> int:
     """Transcribe files and deliver what becomes of each; returns how many failed."""
     failed = 0
     outcomes = load().outcomes([one.name for one in inputs], options=options, vad=vad, batch_size=batch_size)
-    with _progress(len(inputs), text_on_terminal=deliver.__class__ is partial and sys.stdout.isatty()) as advance:
+    with _progress(len(inputs), text_on_terminal=to_stdout and sys.stdout.isatty()) as advance:
         for one, (_, outcome) in zip(inputs, outcomes, strict=True):
             if isinstance(outcome, ArkASRError):
                 failed += 1
