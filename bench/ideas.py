@@ -65,7 +65,7 @@ def speculation(asked: Asked) -> Numbers:
     """A decode run of several positions of one row against one; what n-gram lookup would draft in real transcripts."""
     source = checkpoint.open_checkpoint(asked.folder)
     engine = OnnxEngine.load(source, precision="int8", report=str)
-    batch = engine_module._Batch(engine, 1, 512, sampled=False)  # noqa: SLF001
+    batch = engine_module._Batch(engine, 1, 512)  # noqa: SLF001
     lengths = (1, 2, 3, 4, 6, 8)
     x = {n: engine.embed(np.arange(1000, 1000 + n))[None] for n in lengths}
     runs = {f"T = {n}": partial(batch._run, x[n], [200 + n], slice(0, 1)) for n in lengths}  # noqa: SLF001

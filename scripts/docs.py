@@ -14,7 +14,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODELS = tuple(f"ark-asr models{action}" for action in ("", " list", " pull", " verify", " path", " remove"))
-COMMANDS = ("ark-asr", "ark-asr transcribe", "ark-asr export", *MODELS, "ark-asr train", "ark-asr train sft")
+KEYS = tuple(f"ark-asr keys{action}" for action in ("", " create", " list", " revoke"))
+SERVER = ("ark-asr serve", *KEYS, "ark-asr usage")
+COMMANDS = (
+    "ark-asr", "ark-asr transcribe", "ark-asr export", *MODELS, *SERVER, "ark-asr train", "ark-asr train sft",
+)  # fmt: skip
 SET_NAMES = {
     "an4": "AN4 test: 10 unseen speakers",
     "fsdd": "FSDD test: single digits, 8 kHz, another corpus, never trained on",

@@ -334,3 +334,48 @@ def test_mutated_files_are_audio_or_an_error(kind: str) -> None:
             assert waveform.ndim == 1
             assert np.isfinite(waveform).all()
     assert time.perf_counter() - started < 20
+
+
+# ---- limits, and blocks of others ----
+
+
+@pytest.mark.parametrize(
+    ("limits", "cause"),
+    [
+        (audio.Limits(seconds=1.9), r"recording: longer than the limit of 1\.9 s"),
+        (audio.Limits(channels=2), "recording: 3 channels, over the limit of 2"),
+        (audio.Limits(rate=16_000), r"recording: sample rate 44100 Hz is outside 1000\.\.16000"),
+    ],
+)
+def test_limits_are_kept_before_anything_is_decoded(limits: audio.Limits, cause: str) -> None:
+    recording = encoded(np.zeros((88_200, 3), np.float32), 44_100, kind="FLAC")
+    assert sum(map(len, audio.stream(recording, audio.Limits(2.0, 3, 44_100)))) == 32_000
+    blocks = audio.stream(recording, limits, name="recording")
+    with pytest.raises(AudioError, match=f"^{cause}"):
+        next(blocks)
+
+
+def test_a_limit_counts_what_is_there_whatever_the_header_says() -> None:
+    raw = bytearray(encoded(np.zeros(16_000 * 60, np.float32)))
+    raw[4:8] = raw[40:44] = b"\xff\xff\xff\xff"  # as a writer to a pipe leaves it
+    with pytest.raises(AudioError, match="longer than the limit of 30 s"):
+        list(audio.stream(bytes(raw), audio.Limits(seconds=30)))
+    assert sum(map(len, audio.stream(bytes(raw), audio.Limits(seconds=60)))) == 16_000 * 60
+
+
+def test_blocks_of_others_are_taken_as_they_are() -> None:
+    blocks = [np.full(n, n / 100, np.float32) for n in (5, 1, 7)]
+    source = audio.Blocks("the line", iter(blocks))
+    assert audio.describe(source) == "the line"
+    assert np.array_equal(audio.load(source), np.concatenate(blocks))
+
+
+@pytest.mark.parametrize("kind", ["flac", "webm"])
+def test_duration_of_a_header_and_of_a_file_without_one(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"clip.{kind}"
+    silence = np.zeros(120_000, np.float32)
+    if kind == "flac":
+        path.write_bytes(encoded(silence, 48_000, kind="FLAC"))
+    else:
+        path.write_bytes(encoded_with_av(silence, 48_000, kind="webm", codec="libopus"))
+    assert audio.duration_s(path) == pytest.approx(2.5, abs=0.05)

@@ -25,7 +25,7 @@ from arkasr.audio import Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import ModelConfig
 from arkasr.data import read_manifest
-from arkasr.engines import DecodeOptions, Generation
+from arkasr.engines import Clip, DecodeOptions, Generation
 from arkasr.engines.onnx import MAX_ROWS, OnnxEngine, _Batch, _Row
 from arkasr.engines.pytorch import PyTorchEngine
 from arkasr.errors import CheckpointMismatchError, UsageError
@@ -112,10 +112,10 @@ def output(process: subprocess.Popen[str], *, code: int = 0) -> str:
 
 def engine_logits(engine: OnnxEngine, waveform: Waveform, ids: Sequence[int]) -> npt.NDArray[np.float64]:
     """Logits [len(ids) + 1, V] after the prompt, and after each id by a decode step."""
-    prompt = engine._prompt_ids(waveform)
-    batch = _Batch(engine, 1, len(prompt) + len(ids), sampled=True)
-    x = engine._prompt(waveform, prompt, {"log_mel": 0.0, "encoder": 0.0})
-    batch.prefill(x, _Row(0, len(prompt), len(ids), np.random.default_rng(0)))
+    x, timings_s = engine._prompt(waveform)
+    batch = _Batch(engine, 1, x.shape[1] + len(ids))
+    sampled = Clip(waveform, DecodeOptions(temperature=1.0))  # which is what logits leave the graph for
+    batch.prefill(x, _Row(sampled, x.shape[1], np.random.default_rng(0), timings_s))
     logits = [batch._answers[2][0].copy()]
     for token in ids:
         batch._next_ids[0] = token

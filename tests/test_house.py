@@ -34,8 +34,8 @@ def test_a_rule_has_one_owner(rule: str, pattern: str, owner: str) -> None:
 
 
 def test_no_line_of_the_package_is_broad_or_probing() -> None:
-    # tokenizers raises bare Exception for every damaged file; a thread hands on what a caller's iterable raises
-    allowed = {"text.py": 1, "transcribe.py": 1}
+    # tokenizers raises bare Exception for every damaged file; threads hand on what they met to those who wait for them
+    allowed = {"text.py": 1, "transcribe.py": 1, "shared.py": 1, "recognition.py": 1}
     for path in SOURCES:
         source = path.read_text()
         assert len(re.findall(r"except (Base)?Exception|except:", source)) == allowed.get(path.name, 0), path

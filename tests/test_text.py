@@ -185,6 +185,13 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_the_bytes_of_tokens_are_those_of_the_text(arks: TextRules) -> None:
+    text = "naïve café, 東京 ไทย 🙂 \t\u00ad\x7f"
+    ids = arks.target_ids(text)[:-1]
+    assert b"".join(map(arks.token_bytes, ids)) == text.encode()
+    assert arks.token_bytes(arks.audio_id) == b"<|audio|>"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [

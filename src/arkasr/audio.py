@@ -8,10 +8,12 @@ maximum, never a batch's, so a clip's features do not depend on its neighbours.
 """
 
 import io
+import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -54,7 +56,38 @@ class Readable(Protocol):
         ...
 
 
-AudioSource = str | os.PathLike[str] | bytes | Readable | tuple[npt.NDArray[np.generic], int]
+@dataclass(frozen=True)
+class Blocks:
+    """Samples that the caller brings in blocks, as `stream` gives them: mono, 16 kHz, finite float32.
+
+    Attributes:
+        name: what errors and results call them.
+        blocks: taken once, as fast as they are recognized.
+    """
+
+    name: str
+    blocks: Iterable[Waveform]
+
+
+AudioSource = str | os.PathLike[str] | bytes | Readable | tuple[npt.NDArray[np.generic], int] | Blocks
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a stranger's audio may ask of us.
+
+    Attributes:
+        seconds: of audio, whatever its header says.
+        channels: in a file.
+        rate: samples a second in a file.
+    """
+
+    seconds: float = math.inf
+    channels: int = MAX_CHANNELS
+    rate: int = MAX_RATE
+
+
+NO_LIMITS = Limits()
 
 # The first bytes of containers that libsndfile does not read and the `av` extra does.
 _AV_CONTAINERS = {"mp4/m4a": (4, b"ftyp"), "webm/matroska": (0, b"\x1aE\xdf\xa3"), "wma/asf": (0, b"0&\xb2u")}
@@ -68,6 +101,8 @@ def describe(source: AudioSource) -> str:
         return "standard input" if os.fspath(source) == "-" else os.fspath(source)
     if isinstance(source, bytes):
         return f"<{len(source)} bytes>"
+    if isinstance(source, Blocks):
+        return source.name
     if isinstance(source, tuple):
         return "<array>"
     return "<file object>"
@@ -108,26 +143,42 @@ def load(source: AudioSource) -> Waveform:
     return np.concatenate(blocks)
 
 
-def stream(source: AudioSource) -> Iterator[Waveform]:
+def stream(source: AudioSource, limits: Limits = NO_LIMITS, *, name: str | None = None) -> Iterator[Waveform]:
     """The samples of `load`, in blocks of some seconds as they are decoded; memory does not grow with the audio.
 
+    Args:
+        source: as `load`.
+        limits: of what comes from strangers.
+        name: what errors call it, if not by its path.
+
     Raises:
-        AudioError, MissingExtraError: as `load`; what is found behind the start, after the blocks before.
+        AudioError, MissingExtraError: as `load`, and beyond the limits; what is found behind the start, after the
+            blocks before.
     """
-    place = describe(source)
+    place = name or describe(source)
+    if isinstance(source, Blocks):
+        yield from source.blocks
+        return
     if isinstance(source, tuple):
         rate, blocks = _from_array(*source, place)
-        yield from _mono(blocks, rate, place)
+        yield from _mono(blocks, rate, place, limits)
         return
     with _open(source, place) as file:
-        rate, blocks = _decode(file, place)
-        yield from _mono(blocks, rate, place)
+        rate, blocks = _decode(file, place, limits)
+        yield from _mono(blocks, rate, place, limits)
 
 
-def _mono(blocks: Iterable[Block], rate: int, place: str) -> Iterator[Waveform]:
+def _check(place: str, limits: Limits, *, channels: int, seconds: float) -> None:
+    if channels > limits.channels:
+        raise AudioError(f"{place}: {channels} channels, over the limit of {limits.channels}; mix it down")
+    if seconds > limits.seconds:
+        raise AudioError(f"{place}: longer than the limit of {limits.seconds:g} s; cut it into pieces")
+
+
+def _mono(blocks: Iterable[Block], rate: int, place: str, limits: Limits) -> Iterator[Waveform]:
     """Blocks [samples, channels] of a rate, mixed and resampled."""
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(f"{place}: sample rate {rate} Hz is outside {MIN_RATE}..{MAX_RATE}; check the file's header")
+    if not MIN_RATE <= rate <= limits.rate:
+        raise AudioError(f"{place}: sample rate {rate} Hz is outside {MIN_RATE}..{limits.rate}; check its header")
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     num_read = 0
     for samples in blocks:
@@ -135,6 +186,7 @@ def _mono(blocks: Iterable[Block], rate: int, place: str) -> Iterator[Waveform]:
             where_s = (num_read + int(np.argmin(np.isfinite(samples).all(axis=1)))) / rate
             raise AudioError(f"{place}: NaN or infinite sample at {where_s:.3f} s; write the file again")
         num_read += len(samples)
+        _check(place, limits, channels=samples.shape[1], seconds=num_read / rate)
         with np.errstate(over="ignore"):
             mono = samples.mean(axis=1, dtype=np.float32)
             yield _finite(mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono), place)
@@ -151,12 +203,15 @@ def _finite(waveform: Waveform, place: str) -> Waveform:
     return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
-def duration_s(path: Path) -> float:
-    """Seconds of a file, from its header where libsndfile reads it, else by decoding."""
+def duration_s(path: Path, limits: Limits = NO_LIMITS, *, name: str | None = None) -> float:
+    """Seconds of a file, from its header where libsndfile reads it, else by decoding; errors are those of `stream`."""
     try:
-        return soundfile.info(path).duration  # type: ignore[no-any-return]
+        promised = soundfile.info(path)
     except (soundfile.LibsndfileError, TypeError, ValueError):  # a name in .raw; a name that cannot be encoded
-        return len(load(path)) / SAMPLE_RATE
+        return sum(map(len, stream(path, limits, name=name))) / SAMPLE_RATE
+    if promised.frames < UNKNOWN_FRAMES:
+        return promised.duration  # type: ignore[no-any-return]
+    return sum(map(len, stream(path, limits, name=name))) / SAMPLE_RATE
 
 
 def _open(source: str | os.PathLike[str] | bytes | Readable, place: str) -> BinaryIO:
@@ -182,7 +237,7 @@ def _open(source: str | os.PathLike[str] | bytes | Readable, place: str) -> Bina
         raise AudioError(f"{place}: cannot be read ({reason}); check its name and permissions") from None
 
 
-def _decode(file: BinaryIO, place: str) -> tuple[int, Iterator[Block]]:
+def _decode(file: BinaryIO, place: str, limits: Limits) -> tuple[int, Iterator[Block]]:
     """The sample rate of an encoded file, and its samples in blocks [samples, channels]."""
     try:
         head = file.read(16)
@@ -203,6 +258,8 @@ def _decode(file: BinaryIO, place: str) -> tuple[int, Iterator[Block]]:
             ) from None
         file.seek(0)
         return _decode_with_av(file, place, container)
+    promised_s = decoded.frames / decoded.samplerate if decoded.frames < UNKNOWN_FRAMES else 0.0
+    _check(place, limits, channels=decoded.channels, seconds=promised_s)
     return decoded.samplerate, _blocks(decoded, place)
 
 

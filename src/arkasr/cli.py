@@ -26,7 +26,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from arkasr import __version__, audio, export, hub, jobs, pins
+from arkasr import __version__, audio, cli_keys, export, hub, jobs, pins
 from arkasr.checkpoint import open_checkpoint
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.errors import ArkASRError, MissingExtraError, UsageError
@@ -55,10 +55,14 @@ app.add_typer(train_app, name="train")
 models_app = typer.Typer(help="Download, check and remove models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 
+app.add_typer(cli_keys.app, name="keys")
+app.command("usage")(cli_keys.usage)
+
 TINY_NOTICE = (
     "model tiny: a small demonstration model for English letters, digits, dates and short commands; "
     "for real transcription run `ark-asr models pull 0.6b` once, which makes 0.6b the default"
 )
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 MODEL_HELP = "0.6b, 3b, tiny, ORG/NAME@COMMIT of a hub, or a checkpoint's folder."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Make no network call; HF_HUB_OFFLINE=1 says the same.")]
@@ -353,9 +357,19 @@ def models_remove(model: ModelArgument) -> None:
     print(f"ark-asr: {model} removed, {freed / 1e6:.0f} MB freed", file=sys.stderr)
 
 
-@train_app.command(
-    "sft", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command("serve", add_help_option=False, context_settings=PASSED_ON)
+def serve_models(context: typer.Context) -> None:
+    """Serve OpenAI's audio API; --help lists the flags."""
+    try:
+        from arkasr.server import serve, settings
+    except ImportError as error:
+        if error.name is None or error.name.startswith("arkasr"):
+            raise
+        raise MissingExtraError(f"serve: {error.name} is not installed; pip install 'arkasr[serve]'") from None
+    serve.serve(settings.read_settings(context.args))
+
+
+@train_app.command("sft", add_help_option=False, context_settings=PASSED_ON)
 def train_sft(context: typer.Context) -> None:
     """Supervised fine-tuning over JSONL manifests; --help lists the flags."""
     try:

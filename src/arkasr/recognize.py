@@ -42,8 +42,7 @@ class Recognizer:
             generation = next(said)
             once = self._segment(span, generation, self._options)
             said_here = self._believed(span, once, generation) if self._options.guard else [once]
-            shares_s = {stage: seconds / len(spoken) for stage, seconds in generation.timings_s.items()}
-            yield [self._spoken(segment) for segment in said_here], shares_s
+            yield [self._spoken(segment) for segment in said_here], generation.timings_s
 
     def _spoken(self, said: Segment) -> Segment:
         """The segment, without its text where nobody spoke."""
@@ -59,6 +58,7 @@ class Recognizer:
             end_s=span.last / audio.SAMPLE_RATE,
             text=text,
             tokens=generation.ids,
+            logprobs=generation.logprobs,
             confidence=generation.confidence,
             no_speech_probability=1 - span.speech,
             compression_ratio=guards.compression_ratio(text),
@@ -133,6 +133,7 @@ def joined(
             end_s=these[-1].end_s,
             text=text,
             tokens=tuple(token for one in these for token in one.tokens),
+            logprobs=tuple(logprob for one in these for logprob in one.logprobs),
             flags=tuple(dict.fromkeys((*(flag for one in these for flag in one.flags), guards.JOINED))),
         )
         for these, text in zip((held, segments), texts, strict=True)

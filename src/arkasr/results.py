@@ -22,6 +22,7 @@ class Segment:
         end_s: where its speech ends.
         text: what was said; "" where nothing was, or nothing that could be believed.
         tokens: generated token ids without the stop id, before anything was cut off the text.
+        logprobs: natural logarithm of each token's probability among the allowed ones, at temperature 1.
         confidence: geometric mean probability of the tokens and the stop, in [0, 1].
         no_speech_probability: 1 less the probability of speech by the voice activity detector.
         compression_ratio: bytes of the text over those of its zlib stream; repetitive text has much above 2.
@@ -33,6 +34,7 @@ class Segment:
     end_s: float
     text: str
     tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
     confidence: float = 0.0
     no_speech_probability: float = 0.0
     compression_ratio: float = 0.0
@@ -153,14 +155,15 @@ def write_json(transcript: Transcript, out: TextIO, _options: SubtitleOptions = 
         "language": None,  # we do not detect it
         "duration": round(transcript.duration_s, 4),
         "text": transcript.text,
-        "segments": [_segment_record(number, segment) for number, segment in enumerate(transcript.segments)],
+        "segments": [segment_record(number, segment) for number, segment in enumerate(transcript.segments)],
         "confidence": round(transcript.confidence, 4),
         "timings": {stage: round(seconds, 4) for stage, seconds in transcript.timings_s.items()},
     }
     out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _segment_record(number: int, segment: Segment) -> dict[str, Any]:
+def segment_record(number: int, segment: Segment) -> dict[str, Any]:
+    """OpenAI's segment of verbose_json, times in seconds, with confidence and flags."""
     return {
         "id": number,
         "seek": int(segment.start_s * 100),  # Whisper's frames of 10 ms up to what was decoded together

@@ -39,6 +39,12 @@ PRE_TOKENIZER = (
 )
 
 
+# GPT-2's alphabet: bytes that print stand for themselves, the others in order for the letters behind them.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))}
+
+
 class TextRules:
     """The tokenizer of one checkpoint with ARK's rules on top of it."""
 
@@ -49,17 +55,17 @@ class TextRules:
             CheckpointMismatchError: a needed token is missing or its id is outside the vocabulary.
         """
         self._tokenizer = tokenizer
-        self._ids: dict[str, int] = {}
+        self.special_ids: dict[str, int] = {}
         for token in NEEDED:
             token_id = tokenizer.token_to_id(token)
             if token_id is None:
                 raise CheckpointMismatchError(f"{place}: no token {token}; this is not an ARK-ASR tokenizer")
             if token_id >= vocab_size:
                 raise CheckpointMismatchError(f"{place}: {token} has id {token_id}, vocab_size is {vocab_size}")
-            self._ids[token] = token_id
+            self.special_ids[token] = token_id
         self.vocab_size = vocab_size
-        self.audio_id = self._ids[AUDIO]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self._ids[IM_END], *eos_token_ids)))
+        self.audio_id = self.special_ids[AUDIO]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.special_ids[IM_END], *eos_token_ids)))
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.allowed_ids = self._allowed(vocab)
         self.allowed_ids.flags.writeable = False
@@ -68,25 +74,32 @@ class TextRules:
 
     def prompt_ids(self, num_audio_tokens: int) -> list[int]:
         """The prompt of a clip; the `<|audio|>` ids mark where its embeddings go."""
-        ids = self._ids
+        ids = self.special_ids
         audio = [self.audio_id] * num_audio_tokens
         return [ids[USER], ids[BEGIN_OF_AUDIO], *audio, ids[END_OF_AUDIO], *self._instruction, ids[ASSISTANT]]
 
     def target_ids(self, text: str) -> list[int]:
         """What a model is trained to emit for a transcript: its tokens, then the stop token."""
-        return [*self._tokenizer.encode(text, add_special_tokens=False).ids, self._ids[IM_END]]
+        return [*self._tokenizer.encode(text, add_special_tokens=False).ids, self.special_ids[IM_END]]
 
     def to_text(self, ids: list[int]) -> str:
         """Transcript of generated ids: cut at the first turn token, white space folded, leading punctuation dropped."""
-        cut_ids = {self._ids[token] for token in CUT_AT}
+        cut_ids = {self.special_ids[token] for token in CUT_AT}
         text = self._tokenizer.decode(list(takewhile(lambda token_id: token_id not in cut_ids, ids)))
         for token in CUT_AT:  # also where it was spelled with ordinary tokens
             text = text.split(token, 1)[0]
         return " ".join(text.split()).lstrip(LEADING_JUNK)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for; only several together need be UTF-8."""
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if all(character in _BYTES for character in token):
+            return bytes(_BYTES[character] for character in token)
+        return token.encode()  # an added token, which is spelled as it is
+
     def _check(self, vocab: dict[str, int], place: str) -> None:
         """Refuse ids that would index outside the embeddings or the audio, and tokens that would fill the memory."""
-        if len(set(self._ids.values())) < len(NEEDED):
+        if len(set(self.special_ids.values())) < len(NEEDED):
             raise CheckpointMismatchError(f"{place}: two of {', '.join(NEEDED)} have the same id")
         added = self._tokenizer.get_added_tokens_decoder()
         for token, token_id in vocab.items():
@@ -96,7 +109,9 @@ class TextRules:
                 raise CheckpointMismatchError(
                     f"{place}: {quoted(token)} has id {token_id}, vocab_size is {self.vocab_size}"
                 )
-        if max(self._instruction, default=0) >= self.vocab_size or set(self._instruction) & set(self._ids.values()):
+        if max(self._instruction, default=0) >= self.vocab_size or set(self._instruction) & set(
+            self.special_ids.values()
+        ):
             raise CheckpointMismatchError(f"{place}: {INSTRUCTION!r} is {quoted(self._instruction)}, not ordinary text")
 
     def _allowed(self, vocab: dict[str, int]) -> npt.NDArray[np.bool_]:
@@ -107,7 +122,7 @@ class TextRules:
         """
         allowed = np.zeros(self.vocab_size, dtype=np.bool_)
         known = np.fromiter(vocab.values(), dtype=np.int64)
-        allowed[known[known <= self._ids[SYSTEM]]] = True
+        allowed[known[known <= self.special_ids[SYSTEM]]] = True
         for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
             if token_id < self.vocab_size and (token.special or re.fullmatch(r"<.*>", token.content, re.DOTALL)):
                 allowed[token_id] = False

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from arkasr import guards
 from arkasr.audio import SAMPLE_RATE, Waveform
@@ -67,7 +67,7 @@ class Generation:
         ids: generated token ids without the stop id.
         logprobs: natural logarithm of each id's probability among the allowed tokens, at temperature 1.
         stop_logprob: the same of the stop id; None when the token cap or a loop ended the clip.
-        timings_s: wall seconds of each stage, shared by the clips of a batch.
+        timings_s: wall seconds of each stage; of a stage that clips of a batch share, this clip's part.
     """
 
     ids: tuple[int, ...]
@@ -87,6 +87,39 @@ class Engine(Protocol):
 
     def generate(self, waveforms: Sequence[Waveform], options: DecodeOptions) -> list[Generation]:
         """Recognize clips of at least one mel frame and at most 30 s; one Generation each, in order."""
+        ...
+
+
+@dataclass(eq=False)
+class Clip:
+    """A waveform on its way through a `Continuous` engine."""
+
+    waveform: Waveform
+    options: DecodeOptions
+
+
+class Clips(Protocol):
+    """Where a `Continuous` engine gets its clips, and where it leaves what they say."""
+
+    def take(self) -> Clip | None:
+        """The next clip; None when there is none now."""
+        ...
+
+    def wants(self, clip: Clip) -> bool:
+        """Whether a clip that was taken shall be decoded on."""
+        ...
+
+    def give(self, clip: Clip, generation: Generation) -> None:
+        """Deliver what a clip says."""
+        ...
+
+
+@runtime_checkable
+class Continuous(Engine, Protocol):
+    """An engine that begins with new clips while it decodes others."""
+
+    def decode(self, clips: Clips) -> None:
+        """Recognize clips until nothing is left: none in work, and none to take."""
         ...
 
 

@@ -19,11 +19,11 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from arkasr import audio, export, files
+from arkasr import audio, export, files, segment
 from arkasr.audio import Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import ModelConfig
-from arkasr.engines import DecodeOptions, Generation
+from arkasr.engines import Clip, Clips, DecodeOptions, Generation
 from arkasr.errors import CheckpointMismatchError
 from arkasr.export import Precision
 from arkasr.quantize import Table
@@ -47,10 +47,10 @@ Floats = npt.NDArray[np.float32]
 class _Row:
     """One clip while it is decoded; `length` counts its positions in the cache."""
 
-    index: int
+    clip: Clip
     length: int
-    num_samples: int
     generator: np.random.Generator
+    timings_s: dict[str, float]
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_logprob: float | None = None
@@ -92,60 +92,91 @@ class OnnxEngine:
 
     def generate(self, waveforms: Sequence[Waveform], options: DecodeOptions) -> list[Generation]:
         """Recognize clips; see `Engine.generate`."""
-        caps = [options.token_cap(len(waveform)) for waveform in waveforms]
-        prompts = [self._prompt_ids(waveform) for waveform in waveforms]
-        capacity = max(map(len, prompts)) + max(caps)
-        batch = _Batch(self, min(len(waveforms), MAX_ROWS), capacity, sampled=options.temperature > 0)
-        seconds = dict.fromkeys(("log_mel", "encoder", "prefill", "decode"), 0.0)
-        done: list[_Row] = []
-        waiting = iter(range(len(waveforms)))
-        while True:
-            while len(batch.rows) < batch.max_rows and (index := next(waiting, None)) is not None:
-                x = self._prompt(waveforms[index], prompts[index], seconds)
-                started = time.perf_counter()
-                num_samples = len(waveforms[index])
-                row = _Row(index, len(prompts[index]), num_samples, np.random.default_rng(options.seed))
-                batch.prefill(x, row)
-                done += batch.take(options, first=len(batch.rows) - 1)
-                seconds["prefill"] += time.perf_counter() - started
-            if not batch.rows:
-                break
-            started = time.perf_counter()
-            batch.step()
-            done += batch.take(options)
-            seconds["decode"] += time.perf_counter() - started
-        done.sort(key=lambda row: row.index)
-        return [Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, seconds) for row in done]
+        given = _Given([Clip(waveform, options) for waveform in waveforms])
+        self._decode(given, min(len(waveforms), MAX_ROWS), max(map(len, waveforms)), options)
+        return given.in_order()
 
-    def _prompt_ids(self, waveform: Waveform) -> npt.NDArray[np.int64]:
-        num_tokens = audio.num_audio_tokens(len(waveform), self.config.merge_factor)
+    def decode(self, clips: Clips) -> None:
+        """Recognize clips of at most 30 s that come and go; see `Continuous.decode`."""
+        self._decode(clips, MAX_ROWS, segment.MAX_SAMPLES, DecodeOptions(max_new_tokens=2**31))
+
+    def _decode(self, clips: Clips, max_rows: int, longest_samples: int, options: DecodeOptions) -> None:
+        """The loop, with room for so many clips of such a length and options."""
+        capacity = len(self._prompt_ids(longest_samples)) + options.token_cap(longest_samples)
+        batch = _Batch(self, max_rows, capacity)
+        while True:
+            batch.keep(clips.wants)
+            while len(batch.rows) < max_rows and (clip := clips.take()) is not None:
+                x, timings_s = self._prompt(clip.waveform)
+                started = time.perf_counter()
+                batch.prefill(x, _Row(clip, x.shape[1], np.random.default_rng(clip.options.seed), timings_s))
+                done = batch.take(first=len(batch.rows) - 1)
+                timings_s["prefill"] = time.perf_counter() - started
+                _give(done, clips)
+            if not batch.rows:
+                return
+            started = time.perf_counter()
+            rows = list(batch.rows)
+            batch.step()
+            done = batch.take()
+            share_s = (time.perf_counter() - started) / len(rows)
+            for row in rows:
+                row.timings_s["decode"] += share_s
+            _give(done, clips)
+
+    def _prompt_ids(self, num_samples: int) -> npt.NDArray[np.int64]:
+        num_tokens = audio.num_audio_tokens(num_samples, self.config.merge_factor)
         return np.array(self.rules.prompt_ids(num_tokens))
 
-    def _prompt(self, waveform: Waveform, ids: npt.NDArray[np.int64], seconds: dict[str, float]) -> Floats:
-        """Embeddings [1, T, H] of a clip's prompt, its audio tokens in their places."""
+    def _prompt(self, waveform: Waveform) -> tuple[Floats, dict[str, float]]:
+        """Embeddings [1, T, H] of a clip's prompt, its audio tokens in their places; and the seconds spent."""
         started = time.perf_counter()
         mel = audio.log_mel(waveform, self.config.num_mels)
         encoding = time.perf_counter()
         (encoded,) = self.encoder.run(["audio"], {"mel": mel[None]})
-        seconds["log_mel"] += encoding - started
-        seconds["encoder"] += time.perf_counter() - encoding
+        timings_s = {"log_mel": encoding - started, "encoder": time.perf_counter() - encoding}
+        ids = self._prompt_ids(len(waveform))
         x = self.embed(ids)
         x[ids == self.rules.audio_id] = encoded[0]
-        return x[None]
+        return x[None], {**timings_s, "prefill": 0.0, "decode": 0.0}
+
+
+class _Given:
+    """The clips of one call."""
+
+    def __init__(self, clips: list[Clip]) -> None:
+        self._clips = clips
+        self._waiting = iter(clips)
+        self._said: dict[Clip, Generation] = {}
+
+    def take(self) -> Clip | None:
+        return next(self._waiting, None)
+
+    def wants(self, clip: Clip) -> bool:
+        return True
+
+    def give(self, clip: Clip, generation: Generation) -> None:
+        self._said[clip] = generation
+
+    def in_order(self) -> list[Generation]:
+        return [self._said[clip] for clip in self._clips]
+
+
+def _give(done: list[_Row], clips: Clips) -> None:
+    for row in done:
+        clips.give(row.clip, Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, row.timings_s))
 
 
 class _Batch:
     """Rows that share decode steps, the first `len(rows)` places of the cache [rows, kv heads, capacity, D]."""
 
-    def __init__(self, engine: OnnxEngine, max_rows: int, capacity: int, *, sampled: bool) -> None:
+    def __init__(self, engine: OnnxEngine, max_rows: int, capacity: int) -> None:
         config = engine.config
         shape = (max_rows + max_rows % 2, config.kv_heads, capacity, config.decoder_head_dim)
-        self.max_rows = max_rows
         self.rows: list[_Row] = []
         self._engine = engine
         self._names = [f"{kind}_{n}" for n in range(config.decoder_layers) for kind in ("keys", "values")]
         self._cache = [np.zeros(shape, np.float32) for _ in self._names]
-        self._outputs = ["token", "logprob", *(["logits"] if sampled else [])]
         self._answers: list[npt.NDArray[Any]] = []
         self._next_ids: list[int] = []
 
@@ -179,16 +210,19 @@ class _Batch:
             rows = cache[places]
             binding.bind_input(f"past_{name}", "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
             binding.bind_output(f"present_{name}", "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
-        for name in self._outputs:
+        sampled = any(row.clip.options.temperature > 0 for row in self.rows)
+        outputs = ["token", "logprob", *(["logits"] if sampled else [])]
+        for name in outputs:
             binding.bind_output(name, "cpu")
         self._engine.decoder.run_with_iobinding(binding)
-        self._answers = [value.numpy() for value in binding.get_outputs()[-len(self._outputs) :]]
+        self._answers = [value.numpy() for value in binding.get_outputs()[-len(outputs) :]]
 
-    def take(self, options: DecodeOptions, *, first: int = 0) -> list[_Row]:
+    def take(self, *, first: int = 0) -> list[_Row]:
         """Give the rows from `first` on the tokens that the last run chose; those that are done, taken out."""
         done = []
         for place in range(len(self.rows) - 1, first - 1, -1):
             row = self.rows[place]
+            options = row.clip.options
             token, logprob = self._choose(row, place - first, options)
             if token in self._engine.rules.stop_ids:
                 row.stop_logprob = logprob
@@ -196,7 +230,7 @@ class _Batch:
                 row.ids.append(token)
                 row.logprobs.append(logprob)
             self._next_ids[place] = token
-            if row.stop_logprob is not None or options.is_over(row.ids, row.num_samples):
+            if row.stop_logprob is not None or options.is_over(row.ids, len(row.clip.waveform)):
                 done.append(row)
                 self._remove(place)
         return done
@@ -214,6 +248,12 @@ class _Batch:
         drawn = int(np.searchsorted(np.cumsum(probs / probs.sum()), row.generator.random(), side="right"))
         drawn = min(drawn, int(np.flatnonzero(probs)[-1]))
         return drawn, float(logprobs[drawn])
+
+    def keep(self, wanted: Callable[[Clip], bool]) -> None:
+        """Take the rows out that nobody waits for any more."""
+        for place in range(len(self.rows) - 1, -1, -1):
+            if not wanted(self.rows[place].clip):
+                self._remove(place)
 
     def _remove(self, place: int) -> None:
         """Take a row out; the last one moves into its place."""

@@ -71,7 +71,7 @@ class PyTorchEngine:
             "prefill": prefilled - encoded,
             "decode": done - prefilled,
         }
-        return rows.generations(timings_s)
+        return rows.generations({stage: seconds / len(waveforms) for stage, seconds in timings_s.items()})
 
 
 def has_cuda() -> bool:

@@ -1,0 +1,140 @@
+"""The models of a server: loaded when first asked for, shared by all requests, freed after a time without any."""
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arkasr import checkpoint, engines, hub
+from arkasr.engines.shared import Observe, SharedEngine
+from arkasr.errors import UsageError
+from arkasr.server.openai import Refusal
+from arkasr.server.settings import Settings
+from arkasr.text import TextRules
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory."""
+
+    name: str
+    shared: SharedEngine
+    rules: TextRules
+
+
+@dataclass
+class _Place:
+    """Where a model is, or will be."""
+
+    name: str
+    folder: Path
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    loaded: Loaded | None = None
+    users: int = 0
+    used: float = 0.0
+
+
+class Models:
+    """Models by name."""
+
+    def __init__(self, settings: Settings, observe: Callable[[str], Observe]) -> None:
+        """Find the folders of all models; `observe` makes the observer of one's engine.
+
+        Raises:
+            ModelNotFoundError: one is neither here nor to be had.
+            UsageError: an alias names no model.
+        """
+        self._settings, self._observe = settings, observe
+        names = list(dict.fromkeys(settings.model or [hub.default_model()]))
+        self._places = {short_name(name): _Place(short_name(name), _pulled(name, settings)) for name in names}
+        if len(self._places) < len(names):
+            raise UsageError(f"model: two of {', '.join(names)} have the same name; rename a folder")
+        self._aliases: dict[str, str] = {}
+        for alias in settings.alias:
+            other, _, name = alias.partition("=")
+            if not other or name not in self._places or other in self._places:
+                raise UsageError(f"alias {alias}: give NAME=MODEL with a MODEL of {', '.join(self._places)}")
+            self._aliases[other] = name
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the models, and their aliases."""
+        return [*self._places, *self._aliases]
+
+    @property
+    def default(self) -> str:
+        """The first model, for routes that name none."""
+        return next(iter(self._places))
+
+    def resolve(self, name: str) -> str:
+        """A model's own name.
+
+        Raises:
+            Refusal: there is none of that name.
+        """
+        name = self._aliases.get(name, name)
+        if name not in self._places:
+            raise Refusal(
+                404,
+                f"The model {name[:200]!r} does not exist; this server has {', '.join(self.names)}",
+                code="model_not_found",
+                param="model",
+            )
+        return name
+
+    @asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[Loaded]:
+        """A model, loaded while it is used."""
+        place = self._places[self.resolve(name)]
+        place.users += 1
+        try:
+            async with place.lock:
+                if place.loaded is None:
+                    place.loaded = await asyncio.to_thread(self._load, place)
+            yield place.loaded
+        finally:
+            place.users -= 1
+            place.used = time.monotonic()
+
+    async def unload_idle(self) -> None:
+        """Free the models that nobody has used for the set time."""
+        for place in self._places.values():
+            idle_s = time.monotonic() - place.used
+            if place.loaded is None or place.users or not 0 < self._settings.unload_after_s <= idle_s:
+                continue
+            loaded, place.loaded = place.loaded, None
+            await asyncio.to_thread(loaded.shared.close)
+            del loaded
+            gc.collect()
+
+    def state(self) -> dict[str, str]:
+        """Of each model, whether it is loaded."""
+        return {name: "ready" if place.loaded else "unloaded" for name, place in self._places.items()}
+
+    def num_waiting(self) -> int:
+        """Clips that wait for an engine."""
+        return sum(place.loaded.shared.num_waiting for place in self._places.values() if place.loaded)
+
+    def close(self) -> None:
+        """Stop all engines."""
+        for place in self._places.values():
+            if place.loaded is not None:
+                place.loaded.shared.close()
+
+    def _load(self, place: _Place) -> Loaded:
+        source = checkpoint.open_checkpoint(place.folder)
+        settings = self._settings
+        engine = engines.load_engine(source, name=settings.engine, device=settings.device, dtype=settings.dtype)
+        return Loaded(place.name, SharedEngine(engine, observe=self._observe(place.name)), source.rules)
+
+
+def short_name(model: str) -> str:
+    """What clients call a model: a built-in or hub name as it is, the last part of a folder's path."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+def _pulled(name: str, settings: Settings) -> Path:
+    return hub.pull(name, offline=settings.offline)

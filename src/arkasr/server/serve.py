@@ -1,0 +1,107 @@
+"""Starting the server: what may be listened on, worker processes, signals, and clients that never finish a sentence."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from arkasr.errors import UsageError
+from arkasr.server.app import create
+from arkasr.server.keys import KEYS, Keyring
+from arkasr.server.service import Service
+from arkasr.server.settings import Settings
+from arkasr.server.telemetry import MULTIPROCESS_DIR
+
+HEADER_S = 10.0  # in which a connection must bring a whole head of a request
+_SETTINGS = "ARKASR_SERVER_SETTINGS_JSON"  # for worker processes
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that closes connections on which no request begins; uvicorn itself waits forever for a head's end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch(None)
+
+    def _watch(self, before: object) -> None:
+        """Close if the cycle of before is still the last one, and over."""
+        cycle = self.cycle
+        if self.transport.is_closing():
+            return
+        if (cycle is None or cycle.response_complete) and before == (cycle,):
+            self.transport.close()
+            return
+        self.loop.call_later(HEADER_S, self._watch, (cycle,))
+
+
+def serve(settings: Settings) -> None:
+    """Run the server until it is told to stop.
+
+    Raises:
+        UsageError: strangers could use it without a key; or settings that name nothing.
+        ModelNotFoundError: no such model.
+    """
+    if not settings.is_local and not settings.insecure and Keyring(settings.state / KEYS).is_empty:
+        raise UsageError(
+            f"host {settings.host} can be reached from other machines and there are no API keys; "
+            "run `ark-asr keys create NAME` first, or give --insecure"
+        )
+    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(message)s")
+    options: dict[str, Any] = {
+        "factory": True,
+        "host": settings.host,
+        "port": settings.port,
+        "http": _Protocol,
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,
+        "timeout_graceful_shutdown": round(settings.shutdown_s) + 5,
+        "h11_max_incomplete_event_size": 64 * 1024,
+    }
+    if settings.workers == 1:
+        uvicorn.Server(uvicorn.Config(lambda: _app(settings), **options)).run()
+        return
+    with tempfile.TemporaryDirectory(prefix="arkasr-metrics-") as folder:
+        os.environ[MULTIPROCESS_DIR] = folder
+        os.environ[_SETTINGS] = settings.model_dump_json()
+        uvicorn.run("arkasr.server.serve:from_environment", workers=settings.workers, **options)
+
+
+def from_environment() -> FastAPI:
+    """The application of a worker process."""
+    settings = Settings.model_validate_json(os.environ[_SETTINGS])
+    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(message)s")
+    return _app(settings)
+
+
+def _app(settings: Settings) -> FastAPI:
+    app = create(settings)
+    service = app.state.service
+    assert isinstance(service, Service)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stopping(service, signal.getsignal(number)))
+    return app
+
+
+def _stopping(service: Service, before: object) -> Callable[[int, FrameType | None], None]:
+    """A handler that tells the service before it does what was done before."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        service.stop_soon()
+        if callable(before):
+            before(number, frame)
+
+    return handle

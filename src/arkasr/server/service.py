@@ -1,0 +1,259 @@
+"""What all routes share, and the way of a request through it: place, key, limits, upload, recognition, bill.
+
+    arrive -> 503 when full -> 401, 403 -> 429 -> body -> model -> segments -> answer -> usage is recorded
+
+Unusual: usage is recorded after the answer was sent, so that a kill never charges for what nobody got.
+"""
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from arkasr.engines import DecodeOptions
+from arkasr.errors import UsageError
+from arkasr.server.accounts import Accounts, Admission
+from arkasr.server.keys import KEYS, Key, Keyring
+from arkasr.server.models import Loaded, Models
+from arkasr.server.openai import Bill, Refusal
+from arkasr.server.recognition import Recognition, Task
+from arkasr.server.settings import Settings
+from arkasr.server.telemetry import Metrics, log
+from arkasr.server.uploads import Upload
+
+HEARTBEAT_S = 4.0
+TICK_S = 1.0
+RETRY_AFTER = {"retry-after": "5"}
+
+
+@dataclass
+class Visit:
+    """A request that has a place.
+
+    Attributes:
+        id: ours, unique forever.
+        key: None where no key is needed.
+        headers: that its response shall have, such as those of limits.
+        num_samples: of audio at 16 kHz, once it was heard.
+    """
+
+    id: str
+    route: str
+    key: Key | None
+    admission: Admission | None
+    deadline: float
+    headers: dict[str, str] = field(default_factory=dict)
+    num_samples: int = 0
+
+    def bill(self, num_samples: int) -> Bill:
+        """For so much audio at 16 kHz."""
+        price = self.key.limits.price if self.key else None
+        return Bill(num_samples, price.of(num_samples) if price else None)
+
+
+class Service:
+    """A server without its routes."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Find models and keys; nothing is loaded yet.
+
+        Raises:
+            UsageError: a damaged file of keys, or a setting that names nothing.
+            ModelNotFoundError: no such model.
+        """
+        self.settings = settings
+        self.url_policy = settings.url_policy
+        self.keyring = Keyring(settings.state / KEYS)
+        self.needs_key = not self.keyring.is_empty
+        self.accounts = Accounts(settings.state)
+        self.metrics = Metrics()
+        self.models = Models(settings, self.metrics.observer)
+        self.stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._in_work: set[Recognition] = set()
+        self._places = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Threads, heartbeat and the first model, while the server runs."""
+        self._loop = loop = asyncio.get_running_loop()
+        pool = ThreadPoolExecutor(2 * self.settings.max_requests + 8, thread_name_prefix="arkasr-request")
+        loop.set_default_executor(pool)
+        if self.needs_key:
+            self.accounts.heartbeat()  # also that a folder which cannot be written fails here
+        ended = threading.Event()
+        heart = threading.Thread(target=self._beat, args=[ended], name="arkasr-heartbeat", daemon=True)
+        heart.start()
+        tasks = [asyncio.create_task(self._load_first()), asyncio.create_task(self._tick())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            ended.set()
+            heart.join()
+            await asyncio.to_thread(self.models.close)
+            self.accounts.close()
+
+    async def _load_first(self) -> None:
+        async with self.models.use(self.models.default):
+            pass
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self.models.unload_idle()
+
+    def _beat(self, ended: threading.Event) -> None:
+        """Renew leases, in a thread of its own: late, other processes would take ours for dead."""
+        while self.needs_key and not ended.wait(HEARTBEAT_S):
+            try:
+                self.accounts.heartbeat()
+            except UsageError as error:
+                log.error("%s", error)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the first model is in memory, and requests are taken."""
+        return not self.stopping and (
+            self.models.state()[self.models.default] == "ready" or self.settings.unload_after_s > 0
+        )
+
+    def stop_soon(self) -> None:
+        """Take no more requests; those that run have `shutdown_s` left. May be called by a signal's handler."""
+        self.stopping = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.settings.shutdown_s, self._stop_recognitions)
+
+    def _stop_recognitions(self) -> None:
+        for recognition in self._in_work:
+            recognition.cancel(Refusal(503, "the server is being stopped; ask again", code="shutting_down"))
+
+    def authenticate(self, request: Request) -> Key | None:
+        """The key of a request; None where none is needed.
+
+        Raises:
+            Refusal: no key, or a wrong one.
+        """
+        if not self.needs_key:
+            return None
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise Refusal(
+                401, "no API key; send it as `Authorization: Bearer KEY`", code="missing_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        key = self.keyring.find(secret.strip())
+        if key is None:
+            raise Refusal(
+                401, "this API key is not valid; ask who runs the server for another", code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        return key
+
+    @asynccontextmanager
+    async def visit(self, request: Request, route: str) -> AsyncIterator[Visit]:
+        """A place for a request, as long as it lasts.
+
+        Raises:
+            Refusal: the server is full or stopping, or the key is wrong.
+            LimitError: a limit of the key is reached.
+        """
+        if self.stopping:
+            raise Refusal(503, "the server is being stopped", code="shutting_down", headers=RETRY_AFTER)
+        if self._places >= self.settings.max_requests:
+            raise Refusal(503, "the server is full; try again", code="server_overloaded", headers=RETRY_AFTER)
+        self._places += 1
+        self.metrics.in_work.set(self._places)
+        try:
+            key = self.authenticate(request)
+            visit = Visit(
+                "req_" + secrets.token_hex(12), route, key, None, time.monotonic() + self.settings.request_timeout_s
+            )
+            request.scope["state"]["visit"] = visit
+            if key is None:
+                yield visit
+                return
+            visit.admission = await asyncio.to_thread(self.accounts.admit, key, visit.id)
+            try:
+                visit.headers.update(visit.admission.headers)
+                yield visit
+            finally:
+                await asyncio.to_thread(visit.admission.__exit__, None, None, None)
+        finally:
+            self._places -= 1
+            self.metrics.in_work.set(self._places)
+
+    def allowed_model(self, visit: Visit, name: str) -> str:
+        """The own name of a model that a visit asks for.
+
+        Raises:
+            Refusal: there is no such model, or not for this key.
+        """
+        own = self.models.resolve(name)
+        models = visit.key.limits.models if visit.key else None
+        if models is not None and not {own, name} & set(models):
+            raise Refusal(403, f"this API key may not use {name!r}", code="model_not_allowed", param="model")
+        return own
+
+    @asynccontextmanager
+    async def recognition(
+        self,
+        visit: Visit,
+        upload: Upload,
+        receive: Receive,
+        *,
+        model: str,
+        options: DecodeOptions,
+        begin_s: float = 0.0,
+        end_s: float = float("inf"),
+    ) -> AsyncIterator[tuple[Recognition, Loaded]]:
+        """A recognition that ends when the client goes, the deadline comes, or the block is left."""
+        task = Task(upload.source, options, self.settings.limits, begin_s, end_s, self._reserve(visit))
+        async with self.models.use(model) as loaded:
+            recognition = Recognition(task, loaded.shared, loaded.rules)
+            self._in_work.add(recognition)
+            late = Refusal(504, "the request took too long; cut the audio", code="request_timeout")
+            timer = asyncio.get_running_loop().call_later(
+                max(0.0, visit.deadline - time.monotonic()), recognition.cancel, late
+            )
+            watcher = asyncio.create_task(_cancel_when_gone(recognition, receive))
+            try:
+                yield recognition, loaded
+            finally:
+                timer.cancel()
+                watcher.cancel()
+                recognition.cancel(_GONE)
+                # The audio's file must not be closed, and its number given to another, while the thread reads it.
+                await asyncio.shield(recognition.ended())
+                self._in_work.discard(recognition)
+
+    def _reserve(self, visit: Visit) -> Callable[[int], None]:
+        if visit.admission is None or visit.key is None or visit.key.limits.audio_seconds_per_day is None:
+            return lambda _num_samples: None
+        return visit.admission.reserve
+
+    async def charge(self, visit: Visit, model: str, num_samples: int) -> None:
+        """Record what a visit used, after it was sent."""
+        self.metrics.heard(model, num_samples)
+        visit.num_samples = num_samples
+        if visit.admission is not None:
+            finish = visit.admission.finish
+            await asyncio.to_thread(finish, num_samples, model=model, route=visit.route)
+
+
+_GONE = Refusal(499, "the client has gone", code="client_gone")
+
+
+async def _cancel_when_gone(recognition: Recognition, receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    recognition.cancel(_GONE)
