@@ -1,10 +1,11 @@
+import contextvars
 import io
 import math
 import random
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -361,6 +362,14 @@ def test_a_limit_counts_what_is_there_whatever_the_header_says() -> None:
     with pytest.raises(AudioError, match="longer than the limit of 30 s"):
         list(audio.stream(bytes(raw), audio.Limits(seconds=30)))
     assert sum(map(len, audio.stream(bytes(raw), audio.Limits(seconds=60)))) == 16_000 * 60
+
+
+def test_a_stream_may_be_dropped_in_another_context() -> None:
+    """numpy's errstate was open across the yield: whoever gave up a stream elsewhere got a traceback on stderr."""
+    blocks = audio.stream((np.zeros(1_000_000, np.float32), 16_000))
+    assert isinstance(blocks, Generator)
+    contextvars.copy_context().run(next, blocks)
+    blocks.close()
 
 
 def test_blocks_of_others_are_taken_as_they_are() -> None:

@@ -40,6 +40,7 @@ _ERRORS = (
     state.RuntimeException,
 )
 MAX_ROWS = 8  # that share a decode step; more rows gain little and cost cache memory
+THREADED_DIM = 512  # of the decoder; below, threads spin longer than they compute, on cores that the VAD could use
 Floats = npt.NDArray[np.float32]
 
 
@@ -60,13 +61,15 @@ class OnnxEngine:
     """Runs an export of a checkpoint."""
 
     def __init__(self, folder: Path, config: ModelConfig, rules: TextRules, *, threads: int = 0) -> None:
-        """An engine over an export's folder; threads 0 is one for each core.
+        """An engine over an export's folder; threads 0 is one for each core, for a small model one.
 
         Raises:
             CheckpointMismatchError: the export is damaged, or not one that this ONNX Runtime can run.
         """
         manifest = export.read_manifest(folder)
         self.config, self.rules = config, rules
+        if threads == 0 and config.hidden_dim < THREADED_DIM:
+            threads = 1
         # The encoder's threads would go on spinning while the decoder's work; between decode steps it pays.
         self.encoder = _session(folder / "encoder.onnx", threads, stop_spinning=True)
         self.decoder = _session(folder / "decoder.onnx", threads, stop_spinning=False)

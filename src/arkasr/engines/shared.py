@@ -2,8 +2,9 @@
 
     caller.generate -> its clips wait -> the fairest next one joins the decoding -> Generation -> the caller goes on
 
-Unusual: fairness is start-time fair queueing over seconds of audio (Goyal, Vin and Cheng, 1996): a caller who comes
-anew is next, however much another has waiting, and over time all who wait get the same.
+Unusual: fairness is fair queueing over seconds of audio (Demers, Keshav and Shenker, 1989): a caller who comes anew
+begins at what each would have got by now had all shared evenly. So it does not wait for all that another has waiting,
+and a stream of new callers keeps no old one waiting for ever.
 """
 
 import threading
@@ -33,7 +34,7 @@ class Caller:
         self._shared = shared
         self.changed = threading.Condition(shared.lock)  # its own, lest every clip that is done wakes every thread
         self.waiting: deque[_Waiting] = deque()
-        self.tag = 0  # samples of audio that count as served to it; who has the least is next
+        self.tag = 0.0  # samples of audio that count as served to it; who has the least is next
         self.error: BaseException | None = None
 
     def generate(self, waveforms: Sequence[Waveform], options: DecodeOptions) -> list[Generation]:
@@ -74,7 +75,8 @@ class SharedEngine:
         self._changed = threading.Condition(self.lock)
         self._callers: list[Caller] = []  # those with clips that wait
         self._taken: set[_Waiting] = set()
-        self._now = 0  # the tag of the clip that was taken last
+        self._now = 0.0  # the tag of one who had shared evenly until the clip that was taken last
+        self._share = 0.0  # samples of that clip, divided by those who shared then
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="arkasr-engine", daemon=True)
         self._thread.start()
@@ -159,12 +161,13 @@ class SharedEngine:
         with self.lock:
             if not self._callers or self._closed:
                 return None
-            caller = min(self._callers, key=lambda caller: (caller.tag, len(caller.waiting[0].waveform)))
+            caller = min(self._callers, key=lambda caller: (caller.tag, caller.waiting[0].since))
             if options is not None and caller.waiting[0].options != options:
                 return None
             clip = caller.waiting.popleft()
             clip.waited_s = time.perf_counter() - clip.since
-            self._now = caller.tag
+            self._now = max(self._now + self._share, caller.tag)
+            self._share = len(clip.waveform) / len({*self._callers, *(other.caller for other in self._taken)})
             caller.tag += len(clip.waveform)
             if not caller.waiting:
                 self._callers.remove(caller)

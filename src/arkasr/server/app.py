@@ -4,7 +4,9 @@ Unusual: without API keys the server trusts the programs of its machine, so it m
 requests that another site makes, or that come under another host's name, are refused.
 """
 
+import asyncio
 import html
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -24,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from arkasr import __version__
 from arkasr.errors import ArkASRError
 from arkasr.server import routes
+from arkasr.server.described import SHARED, Ready, answers
 from arkasr.server.openai import Refusal, refusal_of
 from arkasr.server.service import Service, Visit
 from arkasr.server.settings import Settings
@@ -45,6 +48,8 @@ _DOCS_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><titl
 <meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/page.css"></head>
 <body><main class="docs"><h1>arkasr API</h1>
 <p>For programs: <a href="/openapi.json">/openapi.json</a>. To try it: <a href="/">the page</a>.</p>"""
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Ready, "description": "Not yet, or no more"}}
+UNREAD_S = 5.0  # behind its deadline, in which a client must take what is sent
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -89,18 +94,20 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     for file in PAGE.iterdir():
         add("/" if file.name == "index.html" else f"/{file.name}", file)
 
-    @app.get("/health", summary="Whether the process lives")
+    @app.get("/health", summary="Whether the process lives", responses=answers(403, 500))
     async def health() -> dict[str, Any]:
         """Always ok; and the default model, as cf-stt services answer."""
         return {"status": "ok", "model": service.models.default, "vram_mb": 0}
 
-    @app.get("/ready", summary="Whether requests are answered at once")
+    @app.get(
+        "/ready", summary="Whether requests are answered at once", responses=answers(403, 500, kind=Ready) | _NOT_READY
+    )
     async def ready() -> Response:
         """503 while the first model is being loaded, and while the server is being stopped."""
         state = {"ready": service.is_ready, "models": service.models.state()}
         return JSONResponse(state, 200 if service.is_ready else 503)
 
-    @app.get("/metrics", summary="Prometheus metrics")
+    @app.get("/metrics", summary="Prometheus metrics", responses=answers(*SHARED, text=("text/plain",)))
     async def metrics(request: Request) -> Response:
         """Requests, audio, tokens, queue and latencies; needs a key where there are keys."""
         service.authenticate(request)
@@ -171,6 +178,22 @@ def _hostname(host: str) -> str | None:
         return None
 
 
+def _host_of(origin: str) -> str | None:
+    """The host and port of an Origin header."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
+def _ambiguous(headers: Headers) -> Refusal | None:
+    """Why a body of which proxies and we might see different ends is not read; h11 takes it by the coding."""
+    if not {"content-length", "transfer-encoding"} <= set(headers.keys()):
+        return None
+    message = "send Content-Length or Transfer-Encoding, not both"
+    return Refusal(400, message, code="invalid_body", headers={"connection": "close"})
+
+
 class _Front:
     """Around all routes: an id, safe headers, metrics and a log line for each request; strange pages are kept out."""
 
@@ -183,27 +206,33 @@ class _Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 499
+        started, status, unread = time.perf_counter(), 499, False
         state: dict[str, Any] = scope.setdefault("state", {})
-        scope["state"] = state = dict(state)
+        scope["state"] = state = {**state, "id": "req_" + secrets.token_hex(12)}
 
         async def send_safely(message: Message) -> None:
-            nonlocal status
+            nonlocal status, unread
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in SAFE.items():
                     headers.setdefault(name, value)
-                if isinstance(visit := state.get("visit"), Visit):
-                    headers["x-request-id"] = visit.id
-            await send(message)
+                headers["x-request-id"] = state["id"]
+            visit = state.get("visit")
+            left_s = visit.deadline - time.monotonic() if isinstance(visit, Visit) else 0.0
+            try:
+                async with asyncio.timeout(max(0.0, left_s) + UNREAD_S):
+                    if not unread:
+                        await send(message)
+            except TimeoutError:  # nobody reads it; as for a client that has gone, the rest is dropped
+                unread = True
 
         try:
-            refusal = self._stranger(Headers(scope=scope))
+            refusal = _ambiguous(Headers(scope=scope)) or self._stranger(Headers(scope=scope))
             if refusal is None:
                 await self._app(scope, receive, send_safely)
             else:
-                await JSONResponse(refusal.body, refusal.status)(scope, receive, send_safely)
+                await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, send_safely)
         finally:
             self._record(scope, status, time.perf_counter() - started)
 
@@ -216,7 +245,7 @@ class _Front:
         if _hostname(host) not in self._hosts:
             return Refusal(403, f"host {host[:200]!r} is not this server; see --allowed-host", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _host_of(origin) != host.lower():
             if not {origin, "*"} & set(settings.cors_origin):
                 return Refusal(403, f"origin {origin[:200]!r} may not ask; see --cors-origin", code="wrong_origin")
         elif headers.get("sec-fetch-site") == "cross-site":
@@ -238,4 +267,5 @@ class _Front:
             seconds=round(seconds, 4),
             audio_seconds=visit.bill(visit.num_samples).seconds,
             key=visit.key.name if visit.key else None,
+            text=visit.text,
         )

@@ -70,6 +70,8 @@ class Recognition:
             except TimeoutError:
                 yield None
                 continue
+            if self._cancelled is not None:
+                raise self._cancelled  # and do not hand out what came before: nobody who could be charged gets it
             if item is None:
                 return
             if isinstance(item, BaseException):

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 from arkasr import audio
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.errors import ArkASRError
-from arkasr.server import openai, uploads
+from arkasr.server import openai
+from arkasr.server.described import AUDIO, SHARED, Asr, Model, ModelList, Stt, Verbose, Whole, answers, body
 from arkasr.server.models import Loaded
 from arkasr.server.openai import Events, Parameters, Refusal, refusal_of
 from arkasr.server.recognition import Recognition
@@ -33,8 +34,9 @@ class Answer(Response):
         self._answer = answer
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send it, and end it when its place is free, for then the client's next request comes on this connection."""
         await self._answer(receive, send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def service_of(request: Request) -> Service:
@@ -47,40 +49,20 @@ def service_of(request: Request) -> Service:
 async def _send_whole(send: Send, visit: Visit, text: str, media_type: str) -> None:
     response = Response(text, media_type=media_type, headers=visit.headers)
     await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body})
-
-
-def _binary(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The description of a form with a file for the API's schema, and of the same as JSON."""
-    file = {name: {"type": "string", "format": "binary", "description": "the recording"}}
-    schema = {"type": "object", "properties": {**file, **fields["properties"]}, "required": [name, *fields["required"]]}
-    others = {
-        "url": {"type": "string", "description": "where to fetch it from, if the server allows that"},
-        "audio": {"type": "string", "description": "the recording in base64, or as a data URL"},
-    }
-    as_json = {"type": "object", "properties": {**others, **fields["properties"]}, "required": fields["required"]}
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": schema | {"additionalProperties": False}},
-                "application/json": {"schema": as_json | {"additionalProperties": False}},
-            },
-        }
-    }
-
-
-def _described(model: type[BaseModel]) -> dict[str, Any]:
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"properties": schema["properties"], "required": schema.get("required", [])}
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
 
 
 # ---- OpenAI ----
 
 
+_TEXTS = ("text/plain", "application/x-subrip", "text/vtt", "text/event-stream")
+
+
 @router.post(
-    "/v1/audio/transcriptions", summary="Transcribe a recording", openapi_extra=_binary(_described(Parameters), "file")
+    "/v1/audio/transcriptions",
+    summary="Transcribe a recording",
+    responses=answers(404, *AUDIO, kind=Whole | Verbose, text=_TEXTS),
+    openapi_extra=body(Parameters),
 )
 async def transcriptions(request: Request) -> Response:
     """Text, subtitles or JSON of a recording; or server-sent events with the text as it is heard."""
@@ -90,7 +72,7 @@ async def transcriptions(request: Request) -> Response:
 async def _transcribe(request: Request, receive: Receive, send: Send) -> None:
     service = service_of(request)
     async with service.visit(request, "transcriptions") as visit:
-        with await uploads.read(request, service.settings) as upload:
+        with await service.upload(visit, request) as upload:
             parameters = openai.read_parameters(upload.fields)
             model = service.allowed_model(visit, parameters.model)
             if parameters.ignored:
@@ -103,7 +85,7 @@ async def _transcribe(request: Request, receive: Receive, send: Send) -> None:
                     transcript = await heard.whole()
                     bill = visit.bill(heard.num_samples)
                     await _send_whole(send, visit, *openai.body(transcript, parameters, bill, loaded.rules))
-                    await service.charge(visit, model, heard.num_samples)
+                    await service.charge(visit, model, heard)
 
 
 async def _send_events(
@@ -114,23 +96,29 @@ async def _send_events(
     await send({"type": "http.response.start", "status": 200, "headers": headers.raw})
     events, sent_s = Events(parameters, loaded.rules), 0.0
 
-    async def send_event(event: str, *, more: bool = True) -> None:
-        if event or not more:
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": more})
+    async def send_event(event: str) -> None:
+        if event:
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
 
     try:
         async for segment in heard.segments():
             await send_event(": still listening\n\n" if segment is None else events.delta(segment))
             sent_s = segment.end_s if segment else sent_s
     except ArkASRError as error:
-        await send_event(Events.failed(refusal_of(error)), more=False)
-        await service.charge(visit, loaded.name, min(heard.num_samples, round(sent_s * audio.SAMPLE_RATE)))
+        await send_event(Events.failed(refusal_of(error)))
+        sent = min(heard.num_samples, round(sent_s * audio.SAMPLE_RATE))
+        await service.charge(visit, loaded.name, heard, num_samples=sent)
         return
-    await send_event(events.done(heard.transcript, visit.bill(heard.num_samples)), more=False)
-    await service.charge(visit, loaded.name, heard.num_samples)
+    await send_event(events.done(heard.transcript, visit.bill(heard.num_samples)))
+    await service.charge(visit, loaded.name, heard)
 
 
-@router.post("/v1/audio/translations", status_code=404, summary="Not offered: the models transcribe only")
+@router.post(
+    "/v1/audio/translations",
+    status_code=404,
+    summary="Not offered: the models transcribe only",
+    responses=answers(403, 404, 500),
+)
 async def translations() -> Response:
     """A clean 404."""
     raise Refusal(404, "translations: ARK-ASR transcribes only; use /v1/audio/transcriptions", code="not_supported")
@@ -140,7 +128,7 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "arkasr"}
 
 
-@router.get("/v1/models", summary="The models of this server")
+@router.get("/v1/models", summary="The models of this server", responses=answers(*SHARED, kind=ModelList))
 async def models(request: Request) -> dict[str, Any]:
     """Names to give as `model`."""
     service = service_of(request)
@@ -148,10 +136,18 @@ async def models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_model(name) for name in service.models.names]}
 
 
-@router.get("/v1/models/{name:path}", summary="One model")
-async def model(request: Request, name: str) -> dict[str, Any]:
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+@router.get(
+    "/v1/models/{name:path}",  # noqa: FAST003 - as an argument, it would be said to give 422
+    summary="One model",
+    responses=answers(404, *SHARED, kind=Model),
+    openapi_extra={"parameters": [_NAME]},
+)
+async def model(request: Request) -> dict[str, Any]:
     """Whether there is such a model."""
-    service = service_of(request)
+    service, name = service_of(request), request.path_params["name"]
     service.authenticate(request)
     service.models.resolve(name)
     return _model(name)
@@ -172,7 +168,12 @@ class AsrFields(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="of the sampling")
 
 
-@router.post("/asr", summary="The route of the reference service", openapi_extra=_binary(_described(AsrFields), "file"))
+@router.post(
+    "/asr",
+    summary="The route of the reference service",
+    responses=answers(*AUDIO, kind=Asr),
+    openapi_extra=body(AsrFields),
+)
 async def asr(request: Request) -> Response:
     """Text, latency and prompt tokens, as the service of open-audio-opd answers; for audio of any length."""
     return Answer(partial(_asr, request))
@@ -182,7 +183,7 @@ async def _asr(request: Request, receive: Receive, send: Send) -> None:
     started = time.perf_counter()
     service = service_of(request)
     async with service.visit(request, "asr") as visit:
-        with await uploads.read(request, service.settings) as upload:
+        with await service.upload(visit, request) as upload:
             fields = openai.validated(AsrFields, upload.fields)
             model = service.allowed_model(visit, service.models.default)
             begin_s = max(0.0, fields.begin_time)
@@ -200,10 +201,10 @@ async def _asr(request: Request, receive: Receive, send: Send) -> None:
                     "prompt_tokens": len(loaded.rules.prompt_ids(num_tokens)),
                 }
                 await _send_whole(send, visit, json.dumps(record, ensure_ascii=False), "application/json")
-                await service.charge(visit, model, heard.num_samples)
+                await service.charge(visit, model, heard)
 
 
-@router.get("/token-mask", summary="Which tokens may be generated")
+@router.get("/token-mask", summary="Which tokens may be generated", responses=answers(*SHARED, 503))
 async def token_mask(request: Request) -> dict[str, Any]:
     """Counts of the default model's vocabulary, and what becomes of ARK's special tokens."""
     service = service_of(request)
@@ -235,7 +236,10 @@ class SttFields(BaseModel):
 
 
 @router.post(
-    "/transcribe", summary="The route of cf-stt services", openapi_extra=_binary(_described(SttFields), "audio")
+    "/transcribe",
+    summary="The route of cf-stt services",
+    responses=answers(*AUDIO, kind=Stt),
+    openapi_extra=body(SttFields, name="audio"),
 )
 async def transcribe(request: Request) -> Response:
     """Text with confidences, as circuitforge's speech services answer."""
@@ -245,7 +249,7 @@ async def transcribe(request: Request) -> Response:
 async def _stt(request: Request, receive: Receive, send: Send) -> None:
     service = service_of(request)
     async with service.visit(request, "transcribe") as visit:
-        with await uploads.read(request, service.settings, field="audio") as upload:
+        with await service.upload(visit, request, field="audio") as upload:
             fields = openai.validated(SttFields, upload.fields)
             model = service.allowed_model(visit, service.models.default)
             if fields.language is not None:
@@ -267,4 +271,4 @@ async def _stt(request: Request, receive: Receive, send: Send) -> None:
                     "model": model,
                 }
                 await _send_whole(send, visit, json.dumps(record, ensure_ascii=False), "application/json")
-                await service.charge(visit, model, heard.num_samples)
+                await service.charge(visit, model, heard)

@@ -23,6 +23,9 @@ from arkasr.server.settings import Settings
 from arkasr.server.telemetry import MULTIPROCESS_DIR
 
 HEADER_S = 10.0  # in which a connection must bring a whole head of a request
+PATIENCE_S = (
+    120  # with a worker that does not answer, as while it imports or loads on a busy machine; after it, it is killed
+)
 _SETTINGS = "ARKASR_SERVER_SETTINGS_JSON"  # for worker processes
 
 
@@ -67,6 +70,7 @@ def serve(settings: Settings) -> None:
         "access_log": False,
         "server_header": False,
         "proxy_headers": False,
+        "timeout_worker_healthcheck": PATIENCE_S,
         "timeout_graceful_shutdown": round(settings.shutdown_s) + 5,
         "h11_max_incomplete_event_size": 64 * 1024,
     }

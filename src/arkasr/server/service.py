@@ -6,7 +6,6 @@ Unusual: usage is recorded after the answer was sent, so that a kill never charg
 """
 
 import asyncio
-import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +18,7 @@ from starlette.types import Receive
 
 from arkasr.engines import DecodeOptions
 from arkasr.errors import UsageError
+from arkasr.server import uploads
 from arkasr.server.accounts import Accounts, Admission
 from arkasr.server.keys import KEYS, Key, Keyring
 from arkasr.server.models import Loaded, Models
@@ -42,6 +42,7 @@ class Visit:
         key: None where no key is needed.
         headers: that its response shall have, such as those of limits.
         num_samples: of audio at 16 kHz, once it was heard.
+        text: what was said, if the log shall have it.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Visit:
     deadline: float
     headers: dict[str, str] = field(default_factory=dict)
     num_samples: int = 0
+    text: str | None = None
 
     def bill(self, num_samples: int) -> Bill:
         """For so much audio at 16 kHz."""
@@ -78,6 +80,7 @@ class Service:
         self.stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._in_work: set[Recognition] = set()
+        self._reading: set[asyncio.Timeout] = set()
         self._places = 0
 
     @asynccontextmanager
@@ -135,7 +138,9 @@ class Service:
 
     def _stop_recognitions(self) -> None:
         for recognition in self._in_work:
-            recognition.cancel(Refusal(503, "the server is being stopped; ask again", code="shutting_down"))
+            recognition.cancel(_stopped())
+        for reading in self._reading:
+            reading.reschedule(0)
 
     def authenticate(self, request: Request) -> Key | None:
         """The key of a request; None where none is needed.
@@ -176,7 +181,7 @@ class Service:
         try:
             key = self.authenticate(request)
             visit = Visit(
-                "req_" + secrets.token_hex(12), route, key, None, time.monotonic() + self.settings.request_timeout_s
+                request.scope["state"]["id"], route, key, None, time.monotonic() + self.settings.request_timeout_s
             )
             request.scope["state"]["visit"] = visit
             if key is None:
@@ -191,6 +196,18 @@ class Service:
         finally:
             self._places -= 1
             self.metrics.in_work.set(self._places)
+
+    async def upload(self, visit: Visit, request: Request, *, field: str = "file") -> Upload:
+        """What a visit brings, unless its deadline or the end of the server comes first; see `uploads.read`."""
+        left_s = visit.deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, left_s)) as reading:
+                self._reading.add(reading)
+                return await uploads.read(request, self.settings, field=field)
+        except TimeoutError:
+            raise _stopped() if self.stopping and time.monotonic() < visit.deadline else _late() from None
+        finally:
+            self._reading.discard(reading)
 
     def allowed_model(self, visit: Visit, name: str) -> str:
         """The own name of a model that a visit asks for.
@@ -221,9 +238,8 @@ class Service:
         async with self.models.use(model) as loaded:
             recognition = Recognition(task, loaded.shared, loaded.rules)
             self._in_work.add(recognition)
-            late = Refusal(504, "the request took too long; cut the audio", code="request_timeout")
             timer = asyncio.get_running_loop().call_later(
-                max(0.0, visit.deadline - time.monotonic()), recognition.cancel, late
+                max(0.0, visit.deadline - time.monotonic()), recognition.cancel, _late()
             )
             watcher = asyncio.create_task(_cancel_when_gone(recognition, receive))
             try:
@@ -231,7 +247,7 @@ class Service:
             finally:
                 timer.cancel()
                 watcher.cancel()
-                recognition.cancel(_GONE)
+                recognition.cancel(_gone())
                 # The audio's file must not be closed, and its number given to another, while the thread reads it.
                 await asyncio.shield(recognition.ended())
                 self._in_work.discard(recognition)
@@ -241,19 +257,32 @@ class Service:
             return lambda _num_samples: None
         return visit.admission.reserve
 
-    async def charge(self, visit: Visit, model: str, num_samples: int) -> None:
-        """Record what a visit used, after it was sent."""
+    async def charge(self, visit: Visit, model: str, heard: Recognition, *, num_samples: int | None = None) -> None:
+        """Record what a visit used, after it was sent: all that was heard, or so many samples at 16 kHz."""
+        num_samples = heard.num_samples if num_samples is None else num_samples
         self.metrics.heard(model, num_samples)
         visit.num_samples = num_samples
+        if self.settings.log_text:
+            visit.text = heard.transcript.text
         if visit.admission is not None:
             finish = visit.admission.finish
             await asyncio.to_thread(finish, num_samples, model=model, route=visit.route)
 
 
-_GONE = Refusal(499, "the client has gone", code="client_gone")
+# Made anew each time: an error that is raised keeps, in its traceback, all that it came through.
+def _stopped() -> Refusal:
+    return Refusal(503, "the server is being stopped; ask again", code="shutting_down")
+
+
+def _late() -> Refusal:
+    return Refusal(504, "the request took too long; cut the audio", code="request_timeout")
+
+
+def _gone() -> Refusal:
+    return Refusal(499, "the client has gone", code="client_gone")
 
 
 async def _cancel_when_gone(recognition: Recognition, receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    recognition.cancel(_GONE)
+    recognition.cancel(_gone())

@@ -26,6 +26,7 @@ from arkasr.server.settings import Settings
 
 IN_MEMORY_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
+MAX_JSON_VALUES = 10_000  # millions of them would be made while nobody else is served
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 << 10
 FORM_BYTES = 1 << 20  # of boundaries and fields around a file
@@ -43,6 +44,7 @@ class Upload:
     def source(self) -> bytes | str:
         """The audio as `audio.stream` takes it."""
         if self.num_bytes > IN_MEMORY_BYTES:
+            self._file.flush()  # who opens it by its number does not see what Python holds back
             return f"/dev/fd/{self._file.fileno()}"
         self._file.seek(0)
         return self._file.read()
@@ -145,6 +147,8 @@ async def _from_form(request: Request, settings: Settings, field: str) -> Upload
 
 
 async def _from_json(raw: bytes, settings: Settings) -> Upload:
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise Refusal(400, f"the body has over {MAX_JSON_VALUES} values; send the audio in base64", code="invalid_body")
     try:
         fields: Any = await asyncio.to_thread(json.loads, raw)
     except (ValueError, RecursionError):
