@@ -26,10 +26,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import onnxruntime
 from tokenizers import Tokenizer
 
-from arkasr import checkpoint
+from arkasr import checkpoint, runtime
 from arkasr.data import read_manifest
 from arkasr.engines import DecodeOptions
 from arkasr.engines import onnx as engine_module
@@ -120,10 +119,10 @@ def look_up(ids: Sequence[int], longest: int, shortest: int, most: int) -> Seque
 def child(asked: Mapping[str, Any]) -> Numbers:
     """Load the int8 export with session options, recognize clips of several lengths, tell seconds and memory."""
     if asked.get("one_pool"):
-        onnxruntime.set_global_thread_pool_sizes(os.cpu_count() or 1, 1)
+        runtime.onnxruntime.set_global_thread_pool_sizes(os.cpu_count() or 1, 1)
 
-    def new_session(path: Path, threads: int, *, stop_spinning: bool) -> onnxruntime.InferenceSession:
-        options = onnxruntime.SessionOptions()
+    def new_session(path: Path, *, threads: int, stop_spinning: bool = False) -> Any:
+        options = runtime.onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.use_per_session_threads = not asked.get("one_pool")
@@ -132,11 +131,11 @@ def child(asked: Mapping[str, Any]) -> Numbers:
         entries = {STOP: str(int(stop_spinning)), **asked.get("both", {}), **asked.get(path.stem, {})}
         for name, value in entries.items():
             options.add_session_config_entry(name, value)
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return runtime.onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     source = checkpoint.open_checkpoint(asked["folder"])
     began = time.perf_counter()
-    with mock.patch.object(engine_module, "_session", new_session):
+    with mock.patch.object(runtime, "session", new_session):
         engine = OnnxEngine.load(source, precision="int8", threads=asked.get("threads", 0), report=str)
     load_s, clips = time.perf_counter() - began, []
     for seconds in CHILD_CLIPS_S:

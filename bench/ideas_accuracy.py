@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from arkasr import audio, checkpoint, export, metrics, quantize
+from arkasr import audio, checkpoint, export, metrics, quantize, runtime
 from arkasr.audio import Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.data import Utterance, read_manifest
 from arkasr.engines import DecodeOptions
-from arkasr.engines import onnx as engine_module
 from arkasr.engines.onnx import OnnxEngine
 from arkasr.export import Precision
 from cpu import spread
@@ -55,7 +54,7 @@ def int4_head(asked: Asked) -> Numbers:
             mapped = np.memmap(folder / "decoder.bin", np.float32, "r+", offset, size)
             mapped[:] = through_bits(rows, bits, block)
             mapped.flush()
-            engine.decoder = engine_module._session(folder / "decoder.onnx", 0, stop_spinning=False)  # noqa: SLF001
+            engine.decoder = runtime.session(folder / "decoder.onnx", threads=0)
             errors[name] = wer(engine, utterances, waveforms)
     return compared(race(ways, rounds=asked.rounds, runs=20), tiny_an4_wer_percent=errors)
 
@@ -72,7 +71,7 @@ def through_bits(rows: Floats, bits: int, block: int) -> Floats:
 # ---- columns scaled before quantization ----
 
 
-def watched(folder: Path) -> onnxruntime.InferenceSession:
+def watched(folder: Path) -> Any:
     """An export's encoder whose norms leave the graph, too, in order."""
     model = onnx.load(folder / "encoder.onnx", load_external_data=False)
     for node in model.graph.node:
@@ -80,7 +79,7 @@ def watched(folder: Path) -> onnxruntime.InferenceSession:
             shown = onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None)
             model.graph.output.append(shown)
     onnx.save(model, folder / "watched.onnx")
-    return engine_module._session(folder / "watched.onnx", 0, stop_spinning=True)  # noqa: SLF001
+    return runtime.session(folder / "watched.onnx", threads=0, stop_spinning=True)
 
 
 def smoothed(source: Checkpoint, largest: Sequence[Floats], power: float, folder: Path) -> Checkpoint:
@@ -126,7 +125,7 @@ def smooth_quant(asked: Asked) -> Numbers:
             name = "int8" if power is None else f"int8, a = {power}"
             made = source if power is None else smoothed(source, largest, power, Path(scratch, f"smooth{power}"))
             path = export_to(made, Path(scratch, name), "int8") / "encoder.onnx"
-            engine.encoder = engine_module._session(path, 0, stop_spinning=True)  # noqa: SLF001
+            engine.encoder = runtime.session(path, threads=0, stop_spinning=True)
             got = [engine.encoder.run(None, {"mel": mel})[0] for mel in mels]
             errors[name] = spread([difference(a, b) for a, b in zip(wanted, got, strict=True)])
             numbers[name] = wer(engine, test, waveforms)

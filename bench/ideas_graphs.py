@@ -12,12 +12,10 @@ from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
-from arkasr import checkpoint, export, quantize
+from arkasr import checkpoint, export, quantize, runtime
 from arkasr import graph as graph_module
 from arkasr.config import LAYER_NORM_EPS
-from arkasr.engines import onnx as engine_module
 from arkasr.graph import Graph
 from cpu import spread
 
@@ -69,7 +67,7 @@ def compared(numbers: Mapping[str, Numbers], unit: str = "ms", **more: Any) -> N
     }
 
 
-def session(build: Callable[[Graph], object]) -> onnxruntime.InferenceSession:
+def session(build: Callable[[Graph], object]) -> Any:
     """A small graph, loaded."""
     with tempfile.TemporaryDirectory() as folder:
         with Path(folder, "small.bin").open("wb") as data:
@@ -77,7 +75,7 @@ def session(build: Callable[[Graph], object]) -> onnxruntime.InferenceSession:
             build(graph)
         path = Path(folder, "small.onnx")
         path.write_bytes(graph.serialized())
-        return engine_module._session(path, 0, stop_spinning=False)  # noqa: SLF001
+        return runtime.session(path, threads=0)
 
 
 def runner(build: Callable[[Graph], object], **feeds: npt.NDArray[Any]) -> Callable[[], list[Floats]]:
@@ -194,7 +192,7 @@ def padding(asked: Asked) -> Numbers:
     """The encoder on 4 s at its own length against filled up to 30 s."""
     source = checkpoint.open_checkpoint(asked.folder)
     path = export.place(source, "int8") / "encoder.onnx"
-    loaded = engine_module._session(path, 0, stop_spinning=True)  # noqa: SLF001
+    loaded = runtime.session(path, threads=0, stop_spinning=True)
     mels = {seconds: {"mel": normal(1, 128, 100 * seconds)} for seconds in (4, 30)}
     ways = {"filled up to 30 s": partial(loaded.run, None, mels[30]), "4 s": partial(loaded.run, None, mels[4])}
     return compared(race(ways, rounds=asked.processes))
@@ -223,7 +221,7 @@ def encoder_graph(asked: Asked) -> Numbers:
                 graph = Graph("encoder", data)
                 export._encoder(graph, source.config, weights, quantize.RECIPES["int8"].encoder)  # noqa: SLF001
             path.write_bytes(graph.serialized())
-            loaded[name] = engine_module._session(path, 0, stop_spinning=True)  # noqa: SLF001
+            loaded[name] = runtime.session(path, threads=0, stop_spinning=True)
     parts = {}
     for seconds in (4, 10, 30):
         mel = {"mel": normal(1, 128, 100 * seconds)}

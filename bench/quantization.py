@@ -23,7 +23,6 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from arkasr import audio, checkpoint, export, metrics, pins
 from arkasr.audio import Waveform
@@ -85,7 +84,7 @@ class Speech:
 class Reference:
     """The float32 export's encoder, its output [A, H] of each clip, what it chose, and how likely all was."""
 
-    encoder: onnxruntime.InferenceSession
+    encoder: Any
     encoded: Sequence[Floats]
     chosen: Sequence[Generation]
     logprobs: Sequence[Floats]

@@ -304,3 +304,20 @@ def test_text_goes_to_stdout_also_beside_a_progress_bar() -> None:
     assert process.returncode == 0
     assert "transcribing" in shown
     assert "RUBOUT" not in shown
+
+
+def test_the_runtime_keeps_to_itself(tmp_path: Path) -> None:
+    """ONNX Runtime's official builds begin a device id, a database and an uploader of usage events at import."""
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    told = {name: str(home) for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME")}
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | told
+    program = Path(sys.executable).with_name("ark-asr")
+    clip = Path(__file__).parents[1] / "examples" / "audio" / "an4-rubout.flac"
+    done = subprocess.run(
+        [program, "transcribe", "--model", "tiny", clip], env={**environment, "TMPDIR": str(temporary)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "RUBOUT G M E F THREE NINE\n"
+    assert [*home.rglob("*"), *temporary.rglob("*")] == []

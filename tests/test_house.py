@@ -26,6 +26,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
         ("renaming", r"\.part\"", "files.py"),
         ("names of published files", r"generation_config", "files.py"),
         ("hub ids", r"AutoArk-AI/", "pins.py"),
+        ("the runtime, without its telemetry", r"\bimport onnxruntime|\bfrom onnxruntime", "runtime.py"),
     ],
 )
 def test_a_rule_has_one_owner(rule: str, pattern: str, owner: str) -> None:

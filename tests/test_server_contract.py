@@ -825,15 +825,25 @@ SERVER = ROOT / "src" / "arkasr" / "server"
 OURS_IN_JSON = {"file", "audio", "url"}
 
 
-def test_the_guides_lines_for_curl(keyless: Site) -> None:
-    (section,) = re.findall(r"<!-- curl: .*?-->\n```bash\n(.*?)```\n<!-- end of curl -->", GUIDE, re.DOTALL)
+def curl(text: str, site: Site) -> list[str]:
+    """What the marked lines of a document print, sent to a site."""
+    (section,) = re.findall(r"<!-- curl.*?-->\n```bash\n(.*?)```\n<!-- end of curl -->", text, re.DOTALL)
     said = []
     for line in section.splitlines():
         assert "http://127.0.0.1:8000/" in line
-        command = line.replace("http://127.0.0.1:8000", keyless.server.url)
-        said.append(
-            subprocess.run(["bash", "-c", command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        )
+        command = ["bash", "-c", line.replace("http://127.0.0.1:8000", site.server.url)]
+        said.append(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    return said
+
+
+def test_the_readmes_lines_for_curl(keyless: Site) -> None:
+    whole, events = curl((ROOT / "README.md").read_text(), keyless)
+    assert json.loads(whole) == {"text": CLIP_TEXT, "usage": {"type": "duration", "seconds": 4.0}}
+    assert json.loads(events.split("\n\n")[-2][6:])["text"] == CLIP_TEXT
+
+
+def test_the_guides_lines_for_curl(keyless: Site) -> None:
+    said = curl(GUIDE, keyless)
     plain, srt, events, as_json, part, stt, mask, names, ready = said
     assert json.loads(plain) == json.loads(as_json)
     assert CLIP_TEXT == json.loads(plain)["text"] == json.loads(stt)["text"]

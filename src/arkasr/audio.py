@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -144,7 +144,7 @@ def load(source: AudioSource) -> Waveform:
     return np.concatenate(blocks)
 
 
-def stream(source: AudioSource, limits: Limits = NO_LIMITS, *, name: str | None = None) -> Iterator[Waveform]:
+def stream(source: AudioSource, limits: Limits = NO_LIMITS, *, name: str | None = None) -> Generator[Waveform]:
     """The samples of `load`, in blocks of some seconds as they are decoded; memory does not grow with the audio.
 
     Args:

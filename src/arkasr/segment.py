@@ -81,13 +81,9 @@ class Span:
 
 @lru_cache(maxsize=1)
 def _vad_session() -> Any:
-    import onnxruntime  # takes half a second, which --help need not wait for
+    from arkasr import runtime  # takes half a second, which --help need not wait for
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # its matrices are too small for more
-    options.log_severity_level = 3
-    path = pins.SHIPPED / VAD / "vad.onnx"
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return runtime.session(pins.SHIPPED / VAD / "vad.onnx", threads=1)  # its matrices are too small for more
 
 
 class VoiceActivity:

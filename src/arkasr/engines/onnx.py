@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from arkasr import audio, export, files, segment
+from arkasr import audio, export, files, runtime, segment
 from arkasr.audio import Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import ModelConfig
@@ -29,16 +27,6 @@ from arkasr.export import Precision
 from arkasr.quantize import Table
 from arkasr.text import TextRules
 
-# They have no base but Exception.
-_ERRORS = (
-    state.Fail,
-    state.InvalidArgument,
-    state.InvalidGraph,
-    state.InvalidProtobuf,
-    state.NoSuchFile,
-    state.NotImplemented,
-    state.RuntimeException,
-)
 MAX_ROWS = 8  # that share a decode step; more rows gain little and cost cache memory
 THREADED_DIM = 512  # of the decoder; below, threads spin longer than they compute, on cores that the VAD could use
 Floats = npt.NDArray[np.float32]
@@ -71,8 +59,8 @@ class OnnxEngine:
         if threads == 0 and config.hidden_dim < THREADED_DIM:
             threads = 1
         # The encoder's threads would go on spinning while the decoder's work; between decode steps it pays.
-        self.encoder = _session(folder / "encoder.onnx", threads, stop_spinning=True)
-        self.decoder = _session(folder / "decoder.onnx", threads, stop_spinning=False)
+        self.encoder = runtime.session(folder / "encoder.onnx", threads=threads, stop_spinning=True)
+        self.decoder = runtime.session(folder / "decoder.onnx", threads=threads)
         try:
             self.embed = _Embedding(folder / "decoder.bin", manifest.table, config)
         except (ArithmeticError, TypeError, ValueError) as error:
@@ -80,7 +68,7 @@ class OnnxEngine:
                 f"{folder / files.MANIFEST}: the table cannot be there ({error}); delete the folder"
             ) from None
         forbidden = np.where(rules.allowed_ids, 0, -np.inf).astype(np.float32)
-        self.forbidden = onnxruntime.OrtValue.ortvalue_from_numpy(forbidden)
+        self.forbidden = runtime.OrtValue.ortvalue_from_numpy(forbidden)
 
     @classmethod
     def load(
@@ -289,17 +277,3 @@ class _Embedding:
             return np.array(rows)
         blocks = (rows.astype(np.float32) - 128) * self._scales[ids][..., None]
         return blocks.reshape(len(ids), -1)
-
-
-def _session(path: Path, threads: int, *, stop_spinning: bool) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", str(int(stop_spinning)))
-    options.log_severity_level = 3  # its warnings are for those who build graphs
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except _ERRORS as error:
-        raise CheckpointMismatchError(
-            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot run it ({str(error).splitlines()[0]}); "
-            "update onnxruntime, or delete the folder to have it made again"
-        ) from None

@@ -5,7 +5,7 @@ file -> blocks (counted, cut, reserved against the key's quota) -> Transcriber o
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +103,10 @@ class Recognition:
         last: BaseException | None = None
         try:
             transcriber = Transcriber(self._caller, self._rules)
-            blocks = audio.Blocks(NAME, self._blocks())
-            for segment in transcriber.segments(blocks, options=self._task.options, batch_size=BATCH_SIZE):
-                self._put(segment)
+            with contextlib.closing(self._blocks()) as blocks:  # with the file, and not when garbage is collected
+                source = audio.Blocks(NAME, blocks)
+                for segment in transcriber.segments(source, options=self._task.options, batch_size=BATCH_SIZE):
+                    self._put(segment)
         except BaseException as error:  # noqa: BLE001 - the request that awaits the segments must hear of it
             last = error
         self._put(last)
@@ -114,7 +115,7 @@ class Recognition:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
-    def _blocks(self) -> Iterator[Waveform]:
+    def _blocks(self) -> Generator[Waveform]:
         """The audio that was asked for, counted and paid for before it is heard."""
         task = self._task
         first, last = task.begin_s * audio.SAMPLE_RATE, task.end_s * audio.SAMPLE_RATE
@@ -122,14 +123,15 @@ class Recognition:
             promised = audio.duration_s(Path(task.source), task.limits, name=NAME) * audio.SAMPLE_RATE
             task.reserve(max(0, int(min(promised, last) - first)))
         position = 0
-        for block in audio.stream(task.source, task.limits, name=NAME):
-            if self._cancelled is not None:
-                raise self._cancelled
-            begin, end = max(0, int(first) - position), int(min(max(0, last - position), len(block)))
-            position += len(block)
-            if begin < end:
-                self.num_samples += end - begin
-                task.reserve(self.num_samples)
-                yield block[begin:end]
-            if position >= last:
-                return
+        with contextlib.closing(audio.stream(task.source, task.limits, name=NAME)) as stream:
+            for block in stream:
+                if self._cancelled is not None:
+                    raise self._cancelled
+                begin, end = max(0, int(first) - position), int(min(max(0, last - position), len(block)))
+                position += len(block)
+                if begin < end:
+                    self.num_samples += end - begin
+                    task.reserve(self.num_samples)
+                    yield block[begin:end]
+                if position >= last:
+                    return
