@@ -1032,6 +1032,10 @@ def test_without_keys_pages_of_other_sites_are_not_answered(client: MakeClient) 
         for send in (here.get, here.post):
             assert error_of(send(POST, headers={"origin": origin})) == (403, "wrong_origin"), origin
     assert error_of(here.post(POST, headers={"sec-fetch-site": "cross-site"})) == (403, "wrong_origin")
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert here.get("/", headers=link).status_code == 200  # a link to the page
+    form = {**link, "origin": "https://evil.example"}
+    assert error_of(here.post(POST, headers=form)) == (403, "wrong_origin")
     for headers in (
         {"origin": "http://127.0.0.1:8000", "sec-fetch-site": "same-origin"},
         {"sec-fetch-site": "none"},

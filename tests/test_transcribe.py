@@ -1,6 +1,9 @@
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +85,17 @@ def test_a_named_temporary_file_is_one_clip(make_checkpoint: MakeCheckpoint) -> 
         transcript = transcriber.transcribe(file)
     assert isinstance(transcript, arkasr.Transcript)
     assert transcript.duration_s == 0.5
+
+
+def test_a_generator_that_is_never_closed_does_not_abort_the_exit() -> None:
+    """The thread that runs ahead was in the voice activity detector when its libraries were taken down: SIGABRT."""
+    clip = Path(__file__).parents[1] / "examples" / "audio" / "an4-rubout.flac"
+    program = f"""
+import arkasr
+transcripts = arkasr.load_model("tiny").transcribe([{str(clip)!r}] * 400)
+for _ in range(5):
+    next(transcripts)
+raise SystemExit(3)
+"""
+    codes = {subprocess.run([sys.executable, "-c", program], check=False).returncode for _ in range(3)}
+    assert codes == {3}

@@ -6,11 +6,14 @@ Unusual: a batch is whatever spans are there, of one recording or of several: th
 later ones in company. No number depends on the company.
 """
 
+import atexit
 import logging
 import os
 import queue
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,8 @@ from arkasr.segment import Span
 from arkasr.text import TextRules
 
 BATCH_SIZE = 16
+LONGEST_TURN_S = 0.05  # hours of silence are one piece
+ALONE = 3  # takes that need no thread: a short recording is its span, its end, and the end of all
 MAX_BATCH_SIZE = 1024
 _log = logging.getLogger(__name__)
 
@@ -51,10 +56,11 @@ class _Piece:
 class Transcriber:
     """A recognizer: an engine and the token rules of its checkpoint."""
 
-    def __init__(self, engine: Engine, rules: TextRules) -> None:
-        """Most callers want `load_model`."""
+    def __init__(self, engine: Engine, rules: TextRules, *, turns: "Turns | None" = None) -> None:
+        """Most callers want `load_model`; with `turns`, audio is decoded and cut in turn with others."""
         self.engine = engine
         self.rules = rules
+        self._turns = turns or Turns(sys.maxsize)
 
     @overload
     def transcribe(  # type: ignore[overload-overlap]  # a path is also an iterable of characters
@@ -148,7 +154,7 @@ class Transcriber:
         recognizer = Recognizer(self.engine, self.rules, options, vad=vad)
         before: Span | None = None
         held: list[Segment] = []  # the last segment: words of a span that overlaps may yet be cut off it
-        with _Ahead(_pieces(sources, vad), size=2 * batch_size) as ahead:
+        with _Ahead(_pieces(sources, vad, self._turns), size=2 * batch_size) as ahead:
             while pieces := ahead.take(batch_size):
                 spans = [piece.content for piece in pieces if isinstance(piece.content, Span)]
                 heard = iter(recognizer.segments(spans))
@@ -166,10 +172,10 @@ class Transcriber:
                     held, before = segments, piece.content
 
 
-def _pieces(sources: Iterable[AudioSource], vad: bool) -> Iterator[_Piece]:
+def _pieces(sources: Iterable[AudioSource], vad: bool, turns: "Turns") -> Iterator[_Piece]:
     """Every source decoded and cut; errors stand in their places."""
     for source in sources:
-        clock = _Clock()
+        clock = _Clock(turns)
         try:
             for span in segment.split(clock.blocks(audio.stream(source)), vad=vad):
                 clock.pause()
@@ -184,31 +190,74 @@ def _pieces(sources: Iterable[AudioSource], vad: bool) -> Iterator[_Piece]:
                 )
             yield _Piece(source, _End(clock.num_samples / audio.SAMPLE_RATE, clock.spent_s))
         except ArkASRError as error:
+            clock.pause()
             yield _Piece(source, error)
+        finally:
+            clock.pause()
+
+
+class Turns:
+    """At most so many threads at work at once, in the order in which they come.
+
+    More threads than cores only take the interpreter's lock from each other, and from the one that runs the network.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._lock = threading.Lock()
+        self._free = most
+        self._waiting: deque[threading.Lock] = deque()
+
+    def acquire(self) -> None:
+        """Wait for a turn."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    def release(self) -> None:
+        """End it: the next one's begins."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
 
 
 class _Clock:
-    """Counts samples, and seconds while it is not paused."""
+    """Counts samples, and seconds of its turns while it is not paused."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: Turns) -> None:
         self.num_samples = 0
         self.spent_s = 0.0
+        self._turns = turns
+        self._since: float | None = None
         self.go_on()
 
     def go_on(self) -> None:
+        self._turns.acquire()
         self._since = time.perf_counter()
 
     def pause(self) -> None:
-        self.spent_s += time.perf_counter() - self._since
+        if self._since is not None:
+            self.spent_s += time.perf_counter() - self._since
+            self._since = None
+            self._turns.release()
 
     def blocks(self, blocks: Iterable[Waveform]) -> Iterator[Waveform]:
         for block in blocks:
             self.num_samples += len(block)
             yield block
+            if self._since is not None and time.perf_counter() - self._since > LONGEST_TURN_S:
+                self.pause()
+                self.go_on()
 
 
 class _Ahead:
-    """Runs an iterator in a thread, some items ahead of those who take them."""
+    """Runs an iterator, after its first items in a thread, some items ahead of those who take them."""
 
     def __init__(self, items: Iterator[_Piece], *, size: int) -> None:
         self._items = items
@@ -216,15 +265,18 @@ class _Ahead:
         self._stopped = threading.Event()
         self._error: BaseException | None = None
         self._ended = False
+        self._num_alone = 0
         self._thread = threading.Thread(target=self._run, name="arkasr-ahead", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        atexit.register(self.__exit__)  # of a generator that is never closed; the network must not run into the exit
         return self
 
     def __exit__(self, *_: object) -> None:
+        atexit.unregister(self.__exit__)
         self._stopped.set()
-        self._thread.join(1)  # it may wait for a pipe, and somebody may have pressed Ctrl-C for that
+        if self._thread.is_alive():
+            self._thread.join(1)  # it may wait for a pipe, and somebody may have pressed Ctrl-C for that
 
     def _run(self) -> None:
         last: BaseException | None = None
@@ -247,6 +299,13 @@ class _Ahead:
 
     def take(self, most: int) -> list[_Piece]:
         """What is there, at least one item; none at the end."""
+        if self._num_alone < ALONE:
+            self._num_alone += 1
+            first = next(self._items, None)
+            self._ended = first is None
+            return [] if first is None else [first]
+        if self._thread.ident is None and not self._ended:
+            self._thread.start()
         taken: list[_Piece] = []
         while len(taken) < most and not self._ended:
             try:

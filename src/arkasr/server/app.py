@@ -167,7 +167,10 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(Exception)
     async def ours_to_mend(request: Request, _error: Exception) -> Response:
-        return answer(Refusal(500, "an error of the server's own; its log has more", code="internal_error"), request)
+        refusal = Refusal(500, "an error of the server's own; its log has more", code="internal_error")
+        response = answer(refusal, request)
+        response.headers.update({**SAFE, "x-request-id": request.scope["state"]["id"]})  # it is made outside _Front
+        return response
 
 
 def _hostname(host: str) -> str | None:
@@ -248,7 +251,7 @@ class _Front:
         if origin is not None and _host_of(origin) != host.lower():
             if not {origin, "*"} & set(settings.cors_origin):
                 return Refusal(403, f"origin {origin[:200]!r} may not ask; see --cors-origin", code="wrong_origin")
-        elif headers.get("sec-fetch-site") == "cross-site":
+        elif headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             return Refusal(403, "another site may not ask; see --cors-origin", code="wrong_origin")
         return None
 

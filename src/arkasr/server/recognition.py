@@ -5,6 +5,7 @@ file -> blocks (counted, cut, reserved against the key's quota) -> Transcriber o
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from arkasr.engines.shared import SharedEngine
 from arkasr.errors import ArkASRError
 from arkasr.results import Segment, Transcript
 from arkasr.text import TextRules
-from arkasr.transcribe import Transcriber
+from arkasr.transcribe import Transcriber, Turns
 
 BATCH_SIZE = 4  # spans that a request asks for at once; the engine fills its rows with those of others
 PATIENCE_S = 15.0  # proxies cut connections of which they hear nothing for a minute
+TURNS = Turns(max(1, (os.cpu_count() or 2) - 1))  # for all requests; the engine has the other core
 NAME = "the audio"  # what errors call an upload, whose own name is not to be trusted
 
 
@@ -102,7 +104,7 @@ class Recognition:
     def _run(self) -> None:
         last: BaseException | None = None
         try:
-            transcriber = Transcriber(self._caller, self._rules)
+            transcriber = Transcriber(self._caller, self._rules, turns=TURNS)
             with contextlib.closing(self._blocks()) as blocks:  # with the file, and not when garbage is collected
                 source = audio.Blocks(NAME, blocks)
                 for segment in transcriber.segments(source, options=self._task.options, batch_size=BATCH_SIZE):

@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -77,10 +77,15 @@ def serve(settings: Settings) -> None:
     if settings.workers == 1:
         uvicorn.Server(uvicorn.Config(lambda: _app(settings), **options)).run()
         return
-    with tempfile.TemporaryDirectory(prefix="arkasr-metrics-") as folder:
-        os.environ[MULTIPROCESS_DIR] = folder
-        os.environ[_SETTINGS] = settings.model_dump_json()
+    counts = settings.state / f"metrics-{settings.port}"
+    shutil.rmtree(counts, ignore_errors=True)  # of one that was killed
+    counts.mkdir(parents=True)
+    os.environ[MULTIPROCESS_DIR] = str(counts)
+    os.environ[_SETTINGS] = settings.model_dump_json()
+    try:
         uvicorn.run("arkasr.server.serve:from_environment", workers=settings.workers, **options)
+    finally:
+        shutil.rmtree(counts, ignore_errors=True)
 
 
 def from_environment() -> FastAPI:

@@ -30,6 +30,7 @@ from arkasr.server.uploads import Upload
 
 HEARTBEAT_S = 4.0
 TICK_S = 1.0
+REFUSAL_S = 1.0  # that a client waits to hear that the server is full, lest those who ask again at once fill the time
 RETRY_AFTER = {"retry-after": "5"}
 
 
@@ -174,6 +175,8 @@ class Service:
         """
         if self.stopping:
             raise Refusal(503, "the server is being stopped", code="shutting_down", headers=RETRY_AFTER)
+        if self._places >= self.settings.max_requests:
+            await asyncio.sleep(REFUSAL_S)
         if self._places >= self.settings.max_requests:
             raise Refusal(503, "the server is full; try again", code="server_overloaded", headers=RETRY_AFTER)
         self._places += 1

@@ -25,7 +25,7 @@ from arkasr.server.openai import Refusal
 from arkasr.server.settings import Settings
 
 IN_MEMORY_BYTES = 1 << 20
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 36 << 20  # held in memory; 27 MB of audio in base64
 MAX_JSON_VALUES = 10_000  # millions of them would be made while nobody else is served
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 64 << 10
