@@ -1,8 +1,8 @@
 """The server under load: speed against the engine's own, fairness, overload, hours of mixed traffic, kill -9.
 
-    python bench/serve.py SCRATCH SPEECH_FOLDER [load] [fairness] [overload] [soak] [kill] [--minutes 5] [--name serve]
+    python bench/serve.py SCRATCH SPEECH_FOLDER [load] [fairness] [overload] [soak] [kill] [--minutes 5]
 
-Clients are coroutines of this one process, with requests made beforehand, so that they cost the machine little; what
+Each part writes a record of its own. Clients are coroutines of this one process, with requests made beforehand, so that they cost the machine little; what
 they cost is measured. Each checks its answers against what `Transcriber` says of the same file. Linux only.
 """
 
@@ -317,15 +317,14 @@ def load(scratch: Path, workloads: Mapping[str, Path], seconds: float) -> dict[s
     results: dict[str, Any] = {}
     rounds = 5
     with serve(scratch / "load") as server:
-        for name, folder in workloads.items():
+        for number, (name, folder) in enumerate(workloads.items()):
             clips = read_clips(folder)
+            share_s = seconds if number == 0 else seconds / 5
             measured(server, clips, clients=64, seconds=2)
             turns = []
             for _ in range(rounds):
-                rtfx, one = measured(server, clips, clients=64, seconds=seconds / rounds)
-                turns.append(
-                    {"server": one, "batch": child("--batch", folder, min(20, seconds / rounds)), "rtfx": rtfx}
-                )
+                one = measured(server, clips, clients=64, seconds=share_s / rounds)[1]
+                turns.append({"server": one, "batch": child("--batch", folder, min(20, share_s / rounds))})
             medians = [statistics.median(turn[who]["rtfx"] for turn in turns) for who in ("server", "batch")]
             results[name] = {
                 "server_rtfx": medians[0], "batch_rtfx": medians[1], "ratio": round(medians[0] / medians[1], 3),
@@ -614,23 +613,21 @@ def main() -> None:
     for name, least_s in LENGTHS_S.items():
         if not (folders[name] / "clips.json").exists():
             child("--write", folders[name], asked.speech, least_s)
-    results = {}
-    for part in asked.parts or PARTS:
-        with tempfile.TemporaryDirectory(dir=asked.scratch, prefix=part) as scratch:
-            results[part] = PARTS[part](Path(scratch), folders, asked.minutes)
-        print(json.dumps({part: results[part]}, indent=1), flush=True)
     from arkasr.train import loop
 
-    record = {
-        "what": "serve: the server under load, with model tiny",
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **loop.provenance(),
-        **results,
-    }
-    target = asked.out / f"{datetime.now(UTC):%Y-%m-%d}-cpu{os.cpu_count()}-serve.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    print(target)
+    for part in asked.parts or PARTS:
+        with tempfile.TemporaryDirectory(dir=asked.scratch, prefix=part) as scratch:
+            result = PARTS[part](Path(scratch), folders, asked.minutes)
+        record = {
+            "what": f"serve: the server under load, with model tiny: {part}",
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **loop.provenance(),
+            **result,
+        }
+        target = asked.out / f"{datetime.now(UTC):%Y-%m-%d}-cpu{os.cpu_count()}-serve-{part}.json"
+        target.write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps(result, indent=1), target, sep="\n", flush=True)
 
 
 LENGTHS_S = {"clips": 0.1, "30 s": 30.0, "2 minutes": 120.0, "hour": 3600.0}
