@@ -2,8 +2,9 @@
 
     python bench/serve.py SCRATCH SPEECH_FOLDER [load] [fairness] [overload] [soak] [kill] [--minutes 5]
 
-Each part writes a record of its own. Clients are coroutines of this one process, with requests made beforehand, so that they cost the machine little; what
-they cost is measured. Each checks its answers against what `Transcriber` says of the same file. Linux only.
+Each part writes a record of its own. Clients are coroutines of this one process, with requests made beforehand, so that
+they cost the machine little; what they cost is measured. Each checks its answers against what `Transcriber` says of the
+same file. Linux only.
 """
 
 import argparse

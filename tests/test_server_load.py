@@ -1,6 +1,7 @@
 """The server with many clients, with too many, beside long recordings, and killed: bench/serve.py in short."""
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,3 +169,21 @@ def test_requests_of_all_kinds_for_minutes_take_no_more_memory(
     found = soaked(tmp_path, clips, joined(shared, tmp_path / "big.flac", 120), 12)
     for part in ("until_kill", "after"):
         assert found[part]["growth_mb"] < 20  # type: ignore[index]
+
+
+def test_workers_die_with_their_parent(tmp_path: Path) -> None:
+    """They went on answering at a port that no new server could have."""
+    with bench.serve(tmp_path / "state", "--workers", 2) as server:
+        port = server.port
+        server.process.kill()
+        server.process.wait()
+        deadline = time.monotonic() + ENDED_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+            except ConnectionRefusedError:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with bench.serve(tmp_path / "state", "--workers", 2, port=port):
+        pass

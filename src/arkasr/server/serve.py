@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -91,8 +92,17 @@ def serve(settings: Settings) -> None:
 def from_environment() -> FastAPI:
     """The application of a worker process."""
     settings = Settings.model_validate_json(os.environ[_SETTINGS])
+    threading.Thread(target=_end_with_parent, name="arkasr-orphan", daemon=True).start()
     logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(message)s")
     return _app(settings)
+
+
+def _end_with_parent() -> None:
+    """Die with a parent that was killed: an orphan would keep the port, and nobody could start again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _app(settings: Settings) -> FastAPI:
