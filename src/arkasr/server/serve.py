@@ -78,6 +78,7 @@ def serve(settings: Settings) -> None:
     if settings.workers == 1:
         uvicorn.Server(uvicorn.Config(lambda: _app(settings), **options)).run()
         return
+    Service(settings)  # what is wrong is said here, and not by each worker again and again
     counts = settings.state / f"metrics-{settings.port}"
     shutil.rmtree(counts, ignore_errors=True)  # of one that was killed
     counts.mkdir(parents=True)
