@@ -24,9 +24,9 @@ from arkasr.server.settings import Settings
 from arkasr.server.telemetry import MULTIPROCESS_DIR
 
 HEADER_S = 10.0  # in which a connection must bring a whole head of a request
-PATIENCE_S = (
-    120  # with a worker that does not answer, as while it imports or loads on a busy machine; after it, it is killed
-)
+# With a worker that does not answer, as while it loads a large model; the parent does nothing else meanwhile, and waits
+# for one that is killed as it asks, too.
+PATIENCE_S = 30
 _SETTINGS = "ARKASR_SERVER_SETTINGS_JSON"  # for worker processes
 
 
