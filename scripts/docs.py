@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,61 @@ def filled(page: str, tables: dict[str, str]) -> str:
     return text
 
 
+def serve_table() -> str:
+    """What bench/serve.py measured last, part by part."""
+    parts = {part: latest(f"serve-{part}") for part in ("load", "fairness", "overload", "soak", "kill")}
+    load, fairness, overload, soak, kill = (record for _, record in parts.values())
+    rows = [
+        "| 64 clients, recordings of | server RTFx | batch RTFx | ratio | answers | lost | wrong | p50 | p95 | p99 |"
+    ]
+    rows.append("|---" * 10 + "|")
+    for name in ("clips", "30 s", "2 minutes"):
+        turns = [turn["server"] for turn in load[name]["turns"]]
+        counts = [sum(counted) for counted in zip(*map(_counts, turns), strict=True)]
+        latencies_s = (statistics.median(turn["good"][p] for turn in turns) for p in ("p50", "p95", "p99"))
+        figures = [load[name]["server_rtfx"], load[name]["batch_rtfx"], load[name]["ratio"], *counts]
+        cells = ["AN4's 2.7 s" if name == "clips" else name, *(f"{figure:.4g}" for figure in figures)]
+        rows.append(f"| {' | '.join([*cells, *(f'{seconds:.2f} s' for seconds in latencies_s)])} |")
+    alone, beside, full, over = fairness["alone"], fairness["beside"], overload["full"], overload["overloaded"]
+    halves = soak["until_kill"], soak["after"]
+    soaked = sum((Counter(half["counts"]) for half in halves), Counter[str]())
+    odd = soaked.total() - sum(soaked[kind] for kind in ("as expected", "abandoned", "the server was gone"))
+    rows += ["", "| | |", "|---|---|"]
+    facts = {
+        "a 3 s clip alone": _quantiles(alone),
+        "the same while somebody's hour is heard": _quantiles(beside),
+        "a segment of that hour": f"{fairness['segment_s']:.3f} s",
+        "a client a place": f"answers {_statuses(full)}, {_quantiles(full)}",
+        "four clients a place": f"answers {_statuses(over)}, {over['num_lost']} lost, {_quantiles(over)}",
+        "slowest refusal": f"{over['refused']['max']:.1f} s",
+        "good answers, of those with a client a place": f"{overload['part_of_full']:.2f}",
+        "soak: answers as expected, not, abandoned": f"{soaked['as expected']}, {odd}, {soaked['abandoned']}",
+        "memory grew until the kill, and after it": f"{halves[0]['growth_mb']} MB, {halves[1]['growth_mb']} MB",
+        "left in the folder for temporary files": f"{len(soak['in_temp'])}",
+    }
+    for who, case in kill.items():
+        if isinstance(case, dict) and "rounds" in case:
+            answered = sum(one["answered"] for one in case["rounds"])
+            unrecorded = f"{case['fewest_unrecorded']} to {case['most_unrecorded']} a time not recorded"
+            facts[f"kill -9 of {who}, {len(case['rounds'])} times"] = f"{answered} answers, {unrecorded}"
+    rows += [f"| {name} | {fact} |" for name, fact in facts.items()]
+    links = ", ".join(f"[{part}](../bench/results/{path.name})" for part, (path, _) in parts.items())
+    rows.append(f"\nBy `bench/serve.py` with `tiny` on {load['cpus']} cores ({load['processor']}): {links}.")
+    return "\n".join(rows)
+
+
+def _counts(tally: dict[str, Any]) -> tuple[int, int, int]:
+    return tally["statuses"]["200"], tally["num_lost"], tally["num_wrong"]
+
+
+def _statuses(tally: dict[str, Any]) -> str:
+    return ", ".join(f"{status}: {count}" for status, count in tally["statuses"].items())
+
+
+def _quantiles(tally: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {tally['good'][name]:.3f} s" for name in ("p50", "p95"))
+
+
 def main() -> None:
     """Write, or compare."""
     pages = {
@@ -173,7 +229,7 @@ def main() -> None:
         "docs/models.md": filled("docs/models.md", {"full-size": full_size_table()}),
         "docs/benchmarks.md": filled(
             "docs/benchmarks.md",
-            {"cpu": cpu_tables(), "quantization": quantization_table(), "ideas": ideas_table()},
+            {"cpu": cpu_tables(), "quantization": quantization_table(), "ideas": ideas_table(), "serve": serve_table()},
         ),
     }
     for page, text in pages.items():

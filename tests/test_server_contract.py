@@ -634,6 +634,12 @@ def test_text_comes_while_the_rest_is_being_heard(site: Site, recordings: Record
     assert at_first < (site.metric("arkasr_clips_total", model="tiny") - before) / 2
 
 
+def test_what_is_no_recording_is_refused_before_a_stream_begins(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="not readable as audio") as caught:
+        client.audio.transcriptions.create(file=("x.wav", b"no audio at all"), model="tiny", stream=True)
+    assert caught.value.code == "invalid_audio"
+
+
 def test_a_stream_of_a_damaged_recording_ends_in_an_error(site: Site, recordings: Recordings) -> None:
     heard: list[Any] = []
     with site.client("failing") as client:

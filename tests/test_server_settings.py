@@ -6,7 +6,7 @@ import pytest
 
 from arkasr.errors import UsageError
 from arkasr.server.settings import PREFIX, read_settings
-from conftest import Run
+from conftest import MakeCheckpoint, Run
 
 
 @pytest.fixture
@@ -56,6 +56,18 @@ def test_what_is_bad_is_one_line_that_names_it(arguments: list[str], named: str,
     code, out, err = run("serve", "--state", str(tmp_path), *arguments)
     assert (code, out, len(err)) == (1, [], 1)
     assert named in err[0]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_damaged_model_is_said_at_the_start(
+    workers: int, make_checkpoint: MakeCheckpoint, run: Run, tmp_path: Path
+) -> None:
+    folder = make_checkpoint()
+    (folder / "tokenizer.json").write_text("{")
+    code, out, err = run("serve", "--state", str(tmp_path / "state"), "--model", str(folder), "--workers", str(workers))
+    assert (code, out, len(err)) == (1, [], 1)
+    assert "tokenizer.json" in err[0]
 
 
 @pytest.mark.parametrize("text", ["bogus = 3", "port = [", "port = 'x'"])

@@ -163,6 +163,8 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     async def other(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        if error.status_code == 405:
+            return answer(Refusal(405, message, code="method_not_allowed", headers=error.headers), request)
         return answer(Refusal(error.status_code, message, code="not_found", headers=error.headers), request)
 
     @app.exception_handler(Exception)
@@ -235,6 +237,7 @@ class _Front:
             if refusal is None:
                 await self._app(scope, receive, send_safely)
             else:
+                self._service.metrics.rejected.labels(refusal.code).inc()
                 await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, send_safely)
         finally:
             self._record(scope, status, time.perf_counter() - started)

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arkasr import checkpoint, engines, hub
+from arkasr import engines, hub
+from arkasr.checkpoint import Checkpoint, open_checkpoint
 from arkasr.engines.shared import Observe, SharedEngine
 from arkasr.errors import UsageError
 from arkasr.server.openai import Refusal
@@ -30,7 +31,7 @@ class _Place:
     """Where a model is, or will be."""
 
     name: str
-    folder: Path
+    source: Checkpoint
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     loaded: Loaded | None = None
     users: int = 0
@@ -41,15 +42,16 @@ class Models:
     """Models by name."""
 
     def __init__(self, settings: Settings, observe: Callable[[str], Observe]) -> None:
-        """Find the folders of all models; `observe` makes the observer of one's engine.
+        """Find all models and read all but their weights; `observe` makes the observer of one's engine.
 
         Raises:
             ModelNotFoundError: one is neither here nor to be had.
+            CheckpointMismatchError: one is damaged.
             UsageError: an alias names no model.
         """
         self._settings, self._observe = settings, observe
         names = list(dict.fromkeys(settings.model or [hub.default_model()]))
-        self._places = {short_name(name): _Place(short_name(name), _pulled(name, settings)) for name in names}
+        self._places = {short_name(name): _Place(short_name(name), _opened(name, settings)) for name in names}
         if len(self._places) < len(names):
             raise UsageError(f"model: two of {', '.join(names)} have the same name; rename a folder")
         self._aliases: dict[str, str] = {}
@@ -125,8 +127,7 @@ class Models:
                 place.loaded.shared.close()
 
     def _load(self, place: _Place) -> Loaded:
-        source = checkpoint.open_checkpoint(place.folder)
-        settings = self._settings
+        source, settings = place.source, self._settings
         engine = engines.load_engine(source, name=settings.engine, device=settings.device, dtype=settings.dtype)
         return Loaded(place.name, SharedEngine(engine, observe=self._observe(place.name)), source.rules)
 
@@ -136,5 +137,5 @@ def short_name(model: str) -> str:
     return Path(model).name if Path(model).is_dir() else model
 
 
-def _pulled(name: str, settings: Settings) -> Path:
-    return hub.pull(name, offline=settings.offline)
+def _opened(name: str, settings: Settings) -> Checkpoint:
+    return open_checkpoint(hub.pull(name, offline=settings.offline))

@@ -91,12 +91,18 @@ async def _transcribe(request: Request, receive: Receive, send: Send) -> None:
 async def _send_events(
     service: Service, visit: Visit, send: Send, heard: Recognition, parameters: Parameters, loaded: Loaded
 ) -> None:
-    """Events as segments are known; who goes in the middle pays for what was sent."""
+    """Events as segments are known; before the first, an error is a response like any other.
+
+    Who goes in the middle pays for what was sent.
+    """
     headers = Headers({**visit.headers, "content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"})
-    await send({"type": "http.response.start", "status": 200, "headers": headers.raw})
-    events, sent_s = Events(parameters, loaded.rules), 0.0
+    events, sent_s, begun = Events(parameters, loaded.rules), 0.0, False
 
     async def send_event(event: str) -> None:
+        nonlocal begun
+        if not begun:
+            await send({"type": "http.response.start", "status": 200, "headers": headers.raw})
+            begun = True
         if event:
             await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
 
@@ -105,6 +111,8 @@ async def _send_events(
             await send_event(": still listening\n\n" if segment is None else events.delta(segment))
             sent_s = segment.end_s if segment else sent_s
     except ArkASRError as error:
+        if not begun:
+            raise
         await send_event(Events.failed(refusal_of(error)))
         sent = min(heard.num_samples, round(sent_s * audio.SAMPLE_RATE))
         await service.charge(visit, loaded.name, heard, num_samples=sent)

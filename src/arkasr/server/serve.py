@@ -24,9 +24,9 @@ from arkasr.server.settings import Settings
 from arkasr.server.telemetry import MULTIPROCESS_DIR
 
 HEADER_S = 10.0  # in which a connection must bring a whole head of a request
-PATIENCE_S = (
-    120  # with a worker that does not answer, as while it imports or loads on a busy machine; after it, it is killed
-)
+# With a worker that does not answer, as while it loads a large model; the parent does nothing else meanwhile, and waits
+# for one that is killed as it asks, too.
+PATIENCE_S = 30
 _SETTINGS = "ARKASR_SERVER_SETTINGS_JSON"  # for worker processes
 
 
@@ -78,6 +78,7 @@ def serve(settings: Settings) -> None:
     if settings.workers == 1:
         uvicorn.Server(uvicorn.Config(lambda: _app(settings), **options)).run()
         return
+    Service(settings)  # what is wrong is said here, and not by each worker again and again
     counts = settings.state / f"metrics-{settings.port}"
     shutil.rmtree(counts, ignore_errors=True)  # of one that was killed
     counts.mkdir(parents=True)

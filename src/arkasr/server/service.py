@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from arkasr.engines import DecodeOptions
-from arkasr.errors import UsageError
+from arkasr.errors import ArkASRError, UsageError
 from arkasr.server import uploads
 from arkasr.server.accounts import Accounts, Admission
 from arkasr.server.keys import KEYS, Key, Keyring
@@ -65,14 +65,15 @@ class Service:
     """A server without its routes."""
 
     def __init__(self, settings: Settings) -> None:
-        """Find models and keys; nothing is loaded yet.
+        """Find models and keys; no weights are loaded yet.
 
         Raises:
             UsageError: a damaged file of keys, or a setting that names nothing.
             ModelNotFoundError: no such model.
+            CheckpointMismatchError: a damaged one.
         """
         self.settings = settings
-        self.url_policy = settings.url_policy
+        self.url_policy = settings.url_policy  # which refuses what is no host and no network
         self.keyring = Keyring(settings.state / KEYS)
         self.needs_key = not self.keyring.is_empty
         self.accounts = Accounts(settings.state)
@@ -108,8 +109,11 @@ class Service:
             self.accounts.close()
 
     async def _load_first(self) -> None:
-        async with self.models.use(self.models.default):
-            pass
+        try:
+            async with self.models.use(self.models.default):
+                pass
+        except ArkASRError as error:
+            log.error("%s", error)
 
     async def _tick(self) -> None:
         while True:
@@ -206,7 +210,7 @@ class Service:
         try:
             async with asyncio.timeout(max(0.0, left_s)) as reading:
                 self._reading.add(reading)
-                return await uploads.read(request, self.settings, field=field)
+                return await uploads.read(request, self.settings, self.url_policy, field=field)
         except TimeoutError:
             raise _stopped() if self.stopping and time.monotonic() < visit.deadline else _late() from None
         finally:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
-from arkasr.server.fetch import UrlError, fetch
+from arkasr.server.fetch import UrlError, UrlPolicy, fetch
 from arkasr.server.openai import Refusal
 from arkasr.server.settings import Settings
 
@@ -91,7 +91,7 @@ def _too_large(max_bytes: int) -> Refusal:
     )
 
 
-async def read(request: Request, settings: Settings, *, field: str = "file") -> Upload:
+async def read(request: Request, settings: Settings, urls: UrlPolicy, *, field: str = "file") -> Upload:
     """The fields and audio of a form or of a JSON object; `field` names the audio in a form.
 
     Raises:
@@ -108,7 +108,7 @@ async def read(request: Request, settings: Settings, *, field: str = "file") -> 
     metered = Request(request.scope, _Meter(request, limits[kind], settings.min_upload_rate))
     try:
         if kind == "application/json":
-            return await _from_json(await metered.body(), settings)
+            return await _from_json(await metered.body(), settings, urls)
         return await _from_form(metered, settings, field)
     except OSError as error:
         raise Refusal(
@@ -146,7 +146,7 @@ async def _from_form(request: Request, settings: Settings, field: str) -> Upload
     return Upload(fields, file.file, size)
 
 
-async def _from_json(raw: bytes, settings: Settings) -> Upload:
+async def _from_json(raw: bytes, settings: Settings, urls: UrlPolicy) -> Upload:
     if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise Refusal(400, f"the body has over {MAX_JSON_VALUES} values; send the audio in base64", code="invalid_body")
     try:
@@ -160,11 +160,11 @@ async def _from_json(raw: bytes, settings: Settings) -> Upload:
         raise Refusal(400, "audio: send either url, or audio in base64", code="missing_parameter", param="audio")
     if encoded is not None:
         return await asyncio.to_thread(_from_base64, fields, encoded, settings)
-    if not settings.url_host:
+    if not urls.hosts:
         raise Refusal(400, "url: this server takes none; send the audio", code="url_not_allowed", param="url")
     if not isinstance(url, str):
         raise Refusal(400, "url: not a string", code="invalid_parameter", param="url")
-    return await _from_url(fields, url, settings)
+    return await _from_url(fields, url, urls)
 
 
 def _from_base64(fields: Mapping[str, object], encoded: object, settings: Settings) -> Upload:
@@ -181,11 +181,11 @@ def _from_base64(fields: Mapping[str, object], encoded: object, settings: Settin
     return Upload(fields, file, len(raw))
 
 
-async def _from_url(fields: Mapping[str, object], url: str, settings: Settings) -> Upload:
+async def _from_url(fields: Mapping[str, object], url: str, urls: UrlPolicy) -> Upload:
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the Upload closes it
     cancelled = threading.Event()
     try:
-        await asyncio.to_thread(fetch, url, file, settings.url_policy, cancelled=cancelled)
+        await asyncio.to_thread(fetch, url, file, urls, cancelled=cancelled)
     except UrlError as error:
         file.close()
         raise Refusal(400, str(error), code="url_failed", param="url") from None
