@@ -178,8 +178,8 @@ def serve_table() -> str:
         turns = [turn["server"] for turn in load[name]["turns"]]
         counts = [sum(counted) for counted in zip(*map(_counts, turns), strict=True)]
         latencies_s = (statistics.median(turn["good"][p] for turn in turns) for p in ("p50", "p95", "p99"))
-        figures = [load[name]["server_rtfx"], load[name]["batch_rtfx"], load[name]["ratio"], *counts]
-        cells = ["AN4's 2.7 s" if name == "clips" else name, *(f"{figure:.4g}" for figure in figures)]
+        speeds = [f"{load[name][who]:.0f}" for who in ("server_rtfx", "batch_rtfx")]
+        cells = ["AN4's 2.7 s" if name == "clips" else name, *speeds, f"{load[name]['ratio']:.2f}", *map(str, counts)]
         rows.append(f"| {' | '.join([*cells, *(f'{seconds:.2f} s' for seconds in latencies_s)])} |")
     alone, beside, full, over = fairness["alone"], fairness["beside"], overload["full"], overload["overloaded"]
     halves = soak["until_kill"], soak["after"]
