@@ -29,7 +29,7 @@ SDIST = {
     ".gitignore", "CHANGELOG.md", "LICENSE", "NOTICE", "PKG-INFO", "README.md", "constraints.txt", "pyproject.toml",
     "src",
 }  # fmt: skip
-MAX_BYTES, MAX_FILE_BYTES = 11_000_000, 100_000
+MAX_BYTES, MAX_FILE_BYTES = 11_500_000, 100_000
 LIST_INSTALLED = """
 import importlib.metadata, json
 print(json.dumps([[found.metadata["Name"], found.version] for found in importlib.metadata.distributions()]))

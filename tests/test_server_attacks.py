@@ -486,8 +486,7 @@ def test_a_slow_body_is_refused(victim: Server) -> None:
             wire.sendall(b"x" * 50)  # 500 bytes a second, of 2000
             with suppress(TimeoutError):
                 answer = wire.recv(1 << 16)
-        assert error_of(answer) == (408, "upload_too_slow")
-        assert wire.rest() == b""
+        assert error_of(answer + wire.rest()) == (408, "upload_too_slow")
         assert PATIENCE_S < time.monotonic() - started < PATIENCE_S + 5
 
 
@@ -499,6 +498,7 @@ def test_an_upload_just_fast_enough_ends_at_the_deadline(victim: Server) -> None
             wire.sendall(b"x" * 500)
             with suppress(TimeoutError):
                 answer = wire.recv(1 << 16)
+        answer += wire.rest()
     assert statuses(answer) == [504]
     assert b'"request_timeout"' in answer
 
