@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from arkasr import audio
-from arkasr.engines import DecodeOptions
+from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.engines.shared import EngineClosedError
 from arkasr.errors import ArkASRError, AudioError, MissingExtraError, quoted
 from arkasr.results import DEFAULT_SUBTITLES, WRITERS, Segment, Transcript, join_texts, segment_record
@@ -148,10 +148,7 @@ class Parameters(BaseModel):
     @property
     def options(self) -> DecodeOptions:
         """How to decode."""
-        options = DecodeOptions(temperature=self.temperature, seed=self.seed)
-        if self.max_new_tokens is None:
-            return options
-        return DecodeOptions(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed)
+        return DecodeOptions(self.max_new_tokens or MAX_NEW_TOKENS, self.temperature, self.seed)
 
 
 def read_parameters(fields: Mapping[str, object]) -> Parameters:
