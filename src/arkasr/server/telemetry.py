@@ -1,4 +1,4 @@
-"""What the server tells those who run it: Prometheus metrics, and one log line a request without audio or text."""
+"""What the server tells those who run it: Prometheus metrics, and a log line a request, without text unless asked."""
 
 import json
 import logging
