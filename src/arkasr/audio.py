@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -208,12 +209,10 @@ def _finite(waveform: Waveform, place: str) -> Waveform:
 
 def duration_s(path: Path, limits: Limits = NO_LIMITS, *, name: str | None = None) -> float:
     """Seconds of a file, from its header where libsndfile reads it, else by decoding; errors are those of `stream`."""
-    try:
+    with suppress(soundfile.LibsndfileError, TypeError, ValueError):  # a name in .raw; a name that cannot be encoded
         promised = soundfile.info(path)
-    except (soundfile.LibsndfileError, TypeError, ValueError):  # a name in .raw; a name that cannot be encoded
-        return sum(map(len, stream(path, limits, name=name))) / SAMPLE_RATE
-    if promised.frames < UNKNOWN_FRAMES:
-        return promised.duration  # type: ignore[no-any-return]
+        if promised.frames < UNKNOWN_FRAMES:
+            return promised.duration  # type: ignore[no-any-return]
     return sum(map(len, stream(path, limits, name=name))) / SAMPLE_RATE
 
 

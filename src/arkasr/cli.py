@@ -36,7 +36,7 @@ from arkasr.results import (
     Segment,
     SubtitleOptions,
     Transcript,
-    join_texts,
+    added,
     write_json_error,
 )
 from arkasr.transcribe import BATCH_SIZE, Transcriber, load_model
@@ -229,10 +229,10 @@ def _print_as_heard(segments: Iterator[Segment]) -> None:
     text = ""
     try:
         for segment in segments:
-            joined = join_texts((text, segment.text))
-            sys.stdout.write(joined[len(text) :])
+            more = added(text, segment.text)
+            sys.stdout.write(more)
             sys.stdout.flush()
-            text = joined
+            text += more
     finally:
         if text:
             print(flush=True)

@@ -85,10 +85,18 @@ SPACELESS_CHARACTER = re.compile(rf"[{SPACELESS}]")
 def join_texts(texts: Iterable[str]) -> str:
     """Texts one after the other, with a space between two unless both sides are of a script that writes none."""
     joined = ""
-    for text in filter(None, (text.strip() for text in texts)):
-        spaceless = joined and SPACELESS_CHARACTER.match(joined[-1]) and SPACELESS_CHARACTER.match(text[0])
-        joined += text if not joined or spaceless else f" {text}"
+    for text in texts:
+        joined += added(joined, text)
     return joined
+
+
+def added(before: str, text: str) -> str:
+    """What `join_texts` puts behind what it has joined before."""
+    text = text.strip()
+    if not text or not before:
+        return text
+    spaceless = SPACELESS_CHARACTER.match(before[-1]) and SPACELESS_CHARACTER.match(text[0])
+    return text if spaceless else f" {text}"
 
 
 @dataclass(frozen=True)

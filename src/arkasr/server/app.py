@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -175,20 +175,12 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
         return response
 
 
-def _hostname(host: str) -> str | None:
-    """The name in a Host header, without a port."""
+def _parts(url: str) -> SplitResult:
+    """The parts of a URL that a client sent; all empty if it is none."""
     try:
-        return urlsplit(f"//{host}").hostname
+        return urlsplit(url)
     except ValueError:
-        return None
-
-
-def _host_of(origin: str) -> str | None:
-    """The host and port of an Origin header."""
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return None
+        return urlsplit("")
 
 
 def _ambiguous(headers: Headers) -> Refusal | None:
@@ -248,10 +240,10 @@ class _Front:
         if self._service.needs_key or settings.insecure:
             return None
         host = headers.get("host", "")
-        if _hostname(host) not in self._hosts:
+        if _parts(f"//{host}").hostname not in self._hosts:
             return Refusal(403, f"host {host[:200]!r} is not this server; see --allowed-host", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and _host_of(origin) != host.lower():
+        if origin is not None and _parts(origin).netloc.lower() != host.lower():
             if not {origin, "*"} & set(settings.cors_origin):
                 return Refusal(403, f"origin {origin[:200]!r} may not ask; see --cors-origin", code="wrong_origin")
         elif headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":

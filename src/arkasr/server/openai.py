@@ -19,7 +19,7 @@ from arkasr import audio
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.engines.shared import EngineClosedError
 from arkasr.errors import ArkASRError, AudioError, MissingExtraError, quoted
-from arkasr.results import DEFAULT_SUBTITLES, WRITERS, Segment, Transcript, join_texts, segment_record
+from arkasr.results import DEFAULT_SUBTITLES, WRITERS, Segment, Transcript, added, segment_record
 from arkasr.server.accounts import LimitError, decimal_text
 from arkasr.server.telemetry import log
 from arkasr.text import TextRules
@@ -314,11 +314,11 @@ class Events:
 
     def delta(self, segment: Segment) -> str:
         """The event of a segment, "" for one without text; deltas in a row are the text."""
-        joined = join_texts((self._text, segment.text))
-        if joined == self._text:
+        delta = added(self._text, segment.text)
+        if not delta:
             return ""
-        event: dict[str, Any] = {"type": "transcript.text.delta", "delta": joined[len(self._text) :]}
-        self._text = joined
+        event: dict[str, Any] = {"type": "transcript.text.delta", "delta": delta}
+        self._text += delta
         if "logprobs" in self._parameters.include:
             event["logprobs"] = logprobs([segment], self._rules)
         if "segments" in self._parameters.include:
