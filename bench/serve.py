@@ -314,23 +314,33 @@ def child(*arguments: object) -> Any:
 
 
 def load(scratch: Path, workloads: Mapping[str, Path], seconds: float) -> dict[str, Any]:
-    """64 clients against the server and the same files through one Transcriber, by turns."""
+    """64 clients against the server, and against one with a process for each core; and, by turns, one Transcriber."""
     results: dict[str, Any] = {}
     rounds = 5
-    with serve(scratch / "load") as server:
+    with (
+        serve(scratch / "load") as alone,
+        serve(scratch / "workers", "--workers", os.cpu_count() or 1) as workers,
+    ):
         for number, (name, folder) in enumerate(workloads.items()):
             clips = read_clips(folder)
-            share_s = seconds if number == 0 else seconds / 5
-            measured(server, clips, clients=64, seconds=2)
-            turns = []
-            for _ in range(rounds):
-                one = measured(server, clips, clients=64, seconds=share_s / rounds)[1]
-                turns.append({"server": one, "batch": child("--batch", folder, min(20, share_s / rounds))})
-            medians = [statistics.median(turn[who]["rtfx"] for turn in turns) for who in ("server", "batch")]
+            share_s = (seconds if number == 0 else seconds / 5) / rounds
+            for server in (alone, workers):
+                measured(server, clips, clients=64, seconds=2)
+            turns = [
+                {
+                    "server": measured(alone, clips, clients=64, seconds=share_s)[1],
+                    "batch": child("--batch", folder, min(20, share_s)),
+                    "workers": measured(workers, clips, clients=64, seconds=min(20, share_s))[1],
+                }
+                for _ in range(rounds)
+            ]
+            rtfx = {who: statistics.median(turn[who]["rtfx"] for turn in turns) for who in turns[0]}
             results[name] = {
-                "server_rtfx": medians[0], "batch_rtfx": medians[1], "ratio": round(medians[0] / medians[1], 3),
+                **{f"{who}_rtfx": round(value, 1) for who, value in rtfx.items()},
+                "ratio": round(rtfx["server"] / rtfx["batch"], 3),
+                "workers_ratio": round(rtfx["workers"] / rtfx["batch"], 3),
                 "turns": turns,
-            }  # fmt: skip
+            }
     return results
 
 

@@ -170,16 +170,18 @@ def serve_table() -> str:
     """What bench/serve.py measured last, part by part."""
     parts = {part: latest(f"serve-{part}") for part in ("load", "fairness", "overload", "soak", "kill")}
     load, fairness, overload, soak, kill = (record for _, record in parts.values())
-    rows = [
-        "| 64 clients, recordings of | server RTFx | batch RTFx | ratio | answers | lost | wrong | p50 | p95 | p99 |"
-    ]
-    rows.append("|---" * 10 + "|")
+    head = "64 clients, recordings of|batch RTFx|server RTFx|ratio|a process a core: RTFx|ratio|answers|lost|wrong"
+    rows = [f"| {' | '.join([*head.split('|'), 'p50', 'p95', 'p99'])} |"]
+    rows.append("|---" * 12 + "|")
     for name in ("clips", "30 s", "2 minutes"):
         turns = [turn["server"] for turn in load[name]["turns"]]
-        counts = [sum(counted) for counted in zip(*map(_counts, turns), strict=True)]
+        everyone = [turn[who] for turn in load[name]["turns"] for who in ("server", "workers")]
+        counts = [sum(counted) for counted in zip(*map(_counts, everyone), strict=True)]
         latencies_s = (statistics.median(turn["good"][p] for turn in turns) for p in ("p50", "p95", "p99"))
-        speeds = [f"{load[name][who]:.0f}" for who in ("server_rtfx", "batch_rtfx")]
-        cells = ["AN4's 2.7 s" if name == "clips" else name, *speeds, f"{load[name]['ratio']:.2f}", *map(str, counts)]
+        speeds = [f"{load[name]['batch_rtfx']:.0f}"]
+        for who, ratio in (("server", "ratio"), ("workers", "workers_ratio")):
+            speeds += [f"{load[name][f'{who}_rtfx']:.0f}", f"{load[name][ratio]:.2f}"]
+        cells = ["AN4's 2.7 s" if name == "clips" else name, *speeds, *map(str, counts)]
         rows.append(f"| {' | '.join([*cells, *(f'{seconds:.2f} s' for seconds in latencies_s)])} |")
     alone, beside, full, over = fairness["alone"], fairness["beside"], overload["full"], overload["overloaded"]
     halves = soak["until_kill"], soak["after"]

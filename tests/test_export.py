@@ -112,10 +112,10 @@ def output(process: subprocess.Popen[str], *, code: int = 0) -> str:
 
 def engine_logits(engine: OnnxEngine, waveform: Waveform, ids: Sequence[int]) -> npt.NDArray[np.float64]:
     """Logits [len(ids) + 1, V] after the prompt, and after each id by a decode step."""
-    x, timings_s = engine._prompt(waveform)
-    batch = _Batch(engine, 1, x.shape[1] + len(ids))
     sampled = Clip(waveform, DecodeOptions(temperature=1.0))  # which is what logits leave the graph for
-    batch.prefill(x, _Row(sampled, x.shape[1], np.random.default_rng(0), timings_s))
+    x = engine._prompt(sampled)
+    batch = _Batch(engine, 1, x.shape[1] + len(ids))
+    batch.prefill(x, _Row(sampled, x.shape[1], np.random.default_rng(0)))
     logits = [batch._answers[2][0].copy()]
     for token in ids:
         batch._next_ids[0] = token

@@ -13,7 +13,6 @@ import queue
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from arkasr import audio, checkpoint, engines, segment
 from arkasr.audio import AudioSource, Readable, Waveform
 from arkasr.engines import DecodeOptions, Dtype, Engine, EngineName
+from arkasr.engines.shared import Turns
 from arkasr.errors import ArkASRError, AudioError, UsageError
 from arkasr.recognize import Recognizer, joined
 from arkasr.results import Segment, Transcript
@@ -56,7 +56,7 @@ class _Piece:
 class Transcriber:
     """A recognizer: an engine and the token rules of its checkpoint."""
 
-    def __init__(self, engine: Engine, rules: TextRules, *, turns: "Turns | None" = None) -> None:
+    def __init__(self, engine: Engine, rules: TextRules, *, turns: Turns | None = None) -> None:
         """Most callers want `load_model`; with `turns`, audio is decoded and cut in turn with others."""
         self.engine = engine
         self.rules = rules
@@ -172,7 +172,7 @@ class Transcriber:
                     held, before = segments, piece.content
 
 
-def _pieces(sources: Iterable[AudioSource], vad: bool, turns: "Turns") -> Iterator[_Piece]:
+def _pieces(sources: Iterable[AudioSource], vad: bool, turns: Turns) -> Iterator[_Piece]:
     """Every source decoded and cut; errors stand in their places."""
     for source in sources:
         clock = _Clock(turns)
@@ -194,37 +194,6 @@ def _pieces(sources: Iterable[AudioSource], vad: bool, turns: "Turns") -> Iterat
             yield _Piece(source, error)
         finally:
             clock.pause()
-
-
-class Turns:
-    """At most so many threads at work at once, in the order in which they come.
-
-    More threads than cores only take the interpreter's lock from each other, and from the one that runs the network.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._lock = threading.Lock()
-        self._free = most
-        self._waiting: deque[threading.Lock] = deque()
-
-    def acquire(self) -> None:
-        """Wait for a turn."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        turn.acquire()
-
-    def release(self) -> None:
-        """End it: the next one's begins."""
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._free += 1
 
 
 class _Clock:

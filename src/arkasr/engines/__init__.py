@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
 from arkasr import guards
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.checkpoint import Checkpoint
@@ -92,10 +95,19 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class Clip:
-    """A waveform on its way through a `Continuous` engine."""
+    """A waveform on its way through a `Continuous` engine.
+
+    Attributes:
+        waveform: of at least one mel frame and at most 30 s.
+        options: how to decode it.
+        mel: its log-mel, once it is prepared.
+        timings_s: wall seconds spent on it so far; of a stage that clips share, its part.
+    """
 
     waveform: Waveform
     options: DecodeOptions
+    mel: npt.NDArray[np.float32] | None = None
+    timings_s: dict[str, float] = field(default_factory=dict)
 
 
 class Clips(Protocol):
@@ -117,6 +129,10 @@ class Clips(Protocol):
 @runtime_checkable
 class Continuous(Engine, Protocol):
     """An engine that begins with new clips while it decodes others."""
+
+    def prepare(self, clip: Clip) -> None:
+        """Do what needs no network, so that a clip's own thread can do it while the network hears others."""
+        ...
 
     def decode(self, clips: Clips) -> None:
         """Recognize clips until nothing is left: none in work, and none to take."""

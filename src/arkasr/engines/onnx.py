@@ -39,7 +39,6 @@ class _Row:
     clip: Clip
     length: int
     generator: np.random.Generator
-    timings_s: dict[str, float]
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_logprob: float | None = None
@@ -98,11 +97,11 @@ class OnnxEngine:
         while True:
             batch.keep(clips.wants)
             while len(batch.rows) < max_rows and (clip := clips.take()) is not None:
-                x, timings_s = self._prompt(clip.waveform)
+                x = self._prompt(clip)
                 started = time.perf_counter()
-                batch.prefill(x, _Row(clip, x.shape[1], np.random.default_rng(clip.options.seed), timings_s))
+                batch.prefill(x, _Row(clip, x.shape[1], np.random.default_rng(clip.options.seed)))
                 done = batch.take(first=len(batch.rows) - 1)
-                timings_s["prefill"] = time.perf_counter() - started
+                clip.timings_s |= {"prefill": time.perf_counter() - started, "decode": 0.0}
                 _give(done, clips)
             if not batch.rows:
                 return
@@ -112,24 +111,32 @@ class OnnxEngine:
             done = batch.take()
             share_s = (time.perf_counter() - started) / len(rows)
             for row in rows:
-                row.timings_s["decode"] += share_s
+                row.clip.timings_s["decode"] += share_s
             _give(done, clips)
 
     def _prompt_ids(self, num_samples: int) -> npt.NDArray[np.int64]:
         num_tokens = audio.num_audio_tokens(num_samples, self.config.merge_factor)
         return np.array(self.rules.prompt_ids(num_tokens))
 
-    def _prompt(self, waveform: Waveform) -> tuple[Floats, dict[str, float]]:
-        """Embeddings [1, T, H] of a clip's prompt, its audio tokens in their places; and the seconds spent."""
+    def prepare(self, clip: Clip) -> None:
+        """Work out a clip's log-mel; see `Continuous.prepare`."""
         started = time.perf_counter()
-        mel = audio.log_mel(waveform, self.config.num_mels)
-        encoding = time.perf_counter()
-        (encoded,) = self.encoder.run(["audio"], {"mel": mel[None]})
-        timings_s = {"log_mel": encoding - started, "encoder": time.perf_counter() - encoding}
-        ids = self._prompt_ids(len(waveform))
+        clip.mel = audio.log_mel(clip.waveform, self.config.num_mels)
+        clip.timings_s["log_mel"] = time.perf_counter() - started
+
+    def _prompt(self, clip: Clip) -> Floats:
+        """Embeddings [1, T, H] of a clip's prompt, its audio tokens in their places."""
+        if clip.mel is None:
+            self.prepare(clip)
+        assert clip.mel is not None
+        started = time.perf_counter()
+        (encoded,) = self.encoder.run(["audio"], {"mel": clip.mel[None]})
+        clip.mel = None
+        clip.timings_s["encoder"] = time.perf_counter() - started
+        ids = self._prompt_ids(len(clip.waveform))
         x = self.embed(ids)
         x[ids == self.rules.audio_id] = encoded[0]
-        return x[None], {**timings_s, "prefill": 0.0, "decode": 0.0}
+        return x[None]
 
 
 class _Given:
@@ -155,7 +162,7 @@ class _Given:
 
 def _give(done: list[_Row], clips: Clips) -> None:
     for row in done:
-        clips.give(row.clip, Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, row.timings_s))
+        clips.give(row.clip, Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, row.clip.timings_s))
 
 
 class _Batch:

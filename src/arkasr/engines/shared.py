@@ -7,6 +7,7 @@ begins at what each would have got by now had all shared evenly. So it does not 
 and a stream of new callers keeps no old one waiting for ever.
 """
 
+import sys
 import threading
 import time
 from collections import deque
@@ -24,6 +25,42 @@ Observe = Callable[[Clip, Generation], object]
 
 class EngineClosedError(ArkASRError, RuntimeError):
     """The engine was closed while somebody waited for it."""
+
+
+class Turns:
+    """At most so many threads at work at once, in the order in which they come.
+
+    More threads than cores only take the interpreter's lock from each other, and from the one that runs the network.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._lock = threading.Lock()
+        self._free = most
+        self._waiting: deque[threading.Lock] = deque()
+
+    def acquire(self) -> None:
+        """Wait for a turn."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    __enter__ = acquire
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """End it: the next one's begins."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
 
 
 class Caller:
@@ -45,6 +82,8 @@ class Caller:
             EngineClosedError: the engine was closed.
         """
         clips = [_Waiting(waveform, options, self) for waveform in waveforms]
+        for clip in clips:
+            self._shared.prepare(clip)
         self._shared.do(self, clips)
         return [clip.said for clip in clips if clip.said is not None]
 
@@ -67,9 +106,15 @@ class _Waiting(Clip):
 class SharedEngine:
     """An engine in a thread of its own, which decodes what its callers wait for until it is closed."""
 
-    def __init__(self, engine: Engine, *, observe: Observe = lambda _clip, _generation: None) -> None:
-        """`observe` is told of each clip that is done; its `timings_s` have "queue", the seconds that it waited."""
+    def __init__(
+        self, engine: Engine, *, turns: Turns | None = None, observe: Observe = lambda _clip, _generation: None
+    ) -> None:
+        """With `turns`, callers do their own part in turn.
+
+        `observe` is told of each clip that is done; its `timings_s` have "queue", the seconds that it waited.
+        """
         self._engine = engine
+        self.turns = turns or Turns(sys.maxsize)
         self._observe = observe
         self.lock = threading.Lock()
         self._changed = threading.Condition(self.lock)
@@ -99,6 +144,12 @@ class SharedEngine:
             self._changed.notify()
         self.fail(callers, EngineClosedError("the engine was closed; ask again"))
         self._thread.join()
+
+    def prepare(self, clip: Clip) -> None:
+        """Do a caller's own part of the work on its clip, in its thread."""
+        if isinstance(self._engine, Continuous):
+            with self.turns:
+                self._engine.prepare(clip)
 
     def do(self, caller: Caller, clips: list[_Waiting]) -> None:
         """Wait until a caller's clips have been recognized."""

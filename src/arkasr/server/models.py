@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from arkasr import engines, hub
 from arkasr.checkpoint import Checkpoint, open_checkpoint
-from arkasr.engines.shared import Observe, SharedEngine
+from arkasr.engines.shared import Observe, SharedEngine, Turns
 from arkasr.errors import UsageError
 from arkasr.server.openai import Refusal
 from arkasr.server.settings import Settings
@@ -50,6 +51,7 @@ class Models:
             UsageError: an alias names no model.
         """
         self._settings, self._observe = settings, observe
+        self._turns = Turns(max(1, (os.cpu_count() or 2) - 1))  # for all requests; an engine has the other core
         names = list(dict.fromkeys(settings.model or [hub.default_model()]))
         self._places = {short_name(name): _Place(short_name(name), _opened(name, settings)) for name in names}
         if len(self._places) < len(names):
@@ -129,7 +131,9 @@ class Models:
     def _load(self, place: _Place) -> Loaded:
         source, settings = place.source, self._settings
         engine = engines.load_engine(source, name=settings.engine, device=settings.device, dtype=settings.dtype)
-        return Loaded(place.name, SharedEngine(engine, observe=self._observe(place.name)), source.rules)
+        return Loaded(
+            place.name, SharedEngine(engine, turns=self._turns, observe=self._observe(place.name)), source.rules
+        )
 
 
 def short_name(model: str) -> str:

@@ -5,7 +5,6 @@ file -> blocks (counted, cut, reserved against the key's quota) -> Transcriber o
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from arkasr.engines.shared import SharedEngine
 from arkasr.errors import ArkASRError
 from arkasr.results import Segment, Transcript
 from arkasr.text import TextRules
-from arkasr.transcribe import Transcriber, Turns
+from arkasr.transcribe import Transcriber
 
 BATCH_SIZE = 4  # spans that a request asks for at once; the engine fills its rows with those of others
 PATIENCE_S = 15.0  # proxies cut connections of which they hear nothing for a minute
-TURNS = Turns(max(1, (os.cpu_count() or 2) - 1))  # for all requests; the engine has the other core
 NAME = "the audio"  # what errors call an upload, whose own name is not to be trusted
 
 
@@ -52,7 +50,7 @@ class Recognition:
     def __init__(self, task: Task, shared: SharedEngine, rules: TextRules) -> None:
         """Begin at once, in a thread of the running loop's executor."""
         self._task, self._rules = task, rules
-        self._caller = shared.caller()
+        self._caller, self._turns = shared.caller(), shared.turns
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Segment | BaseException | None] = asyncio.Queue()
         self._cancelled: ArkASRError | None = None
@@ -68,7 +66,8 @@ class Recognition:
         """
         while True:
             try:
-                item = await asyncio.wait_for(self._items.get(), PATIENCE_S)
+                async with asyncio.timeout(PATIENCE_S):
+                    item = await self._items.get()
             except TimeoutError:
                 yield None
                 continue
@@ -104,7 +103,7 @@ class Recognition:
     def _run(self) -> None:
         last: BaseException | None = None
         try:
-            transcriber = Transcriber(self._caller, self._rules, turns=TURNS)
+            transcriber = Transcriber(self._caller, self._rules, turns=self._turns)
             with contextlib.closing(self._blocks()) as blocks:  # with the file, and not when garbage is collected
                 source = audio.Blocks(NAME, blocks)
                 for segment in transcriber.segments(source, options=self._task.options, batch_size=BATCH_SIZE):

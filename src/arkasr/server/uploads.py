@@ -67,7 +67,8 @@ class _Meter:
     async def __call__(self) -> Message:
         left_s = self._started + GRACE_S + self._num_bytes / self._min_rate - time.monotonic()
         try:
-            message = await asyncio.wait_for(self._receive(), max(left_s, 0.001))
+            async with asyncio.timeout(max(left_s, 0.001)):
+                message = await self._receive()
         except TimeoutError:
             raise Refusal(
                 408,
