@@ -1,9 +1,11 @@
 """Starting the server: what may be listened on, worker processes, signals, and clients that never finish a sentence."""
 
 import asyncio
+import ctypes
 import logging
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -27,6 +29,9 @@ HEADER_S = 10.0  # in which a connection must bring a whole head of a request
 # With a worker that does not answer, as while it loads a large model; the parent does nothing else meanwhile, and waits
 # for one that is killed as it asks, too.
 PATIENCE_S = 30
+# Each of malloc's arenas keeps the most that its threads ever held, and by itself it takes eight for each core: memory
+# would grow for a quarter of an hour before it stays.
+M_ARENA_MAX, ARENAS = -8, 2  # the first is glibc's name and number
 _SETTINGS = "ARKASR_SERVER_SETTINGS_JSON"  # for worker processes
 
 
@@ -107,6 +112,8 @@ def _end_with_parent() -> None:
 
 
 def _app(settings: Settings) -> FastAPI:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
     app = create(settings)
     service = app.state.service
     assert isinstance(service, Service)
