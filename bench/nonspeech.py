@@ -23,14 +23,12 @@ import arkasr
 from arkasr import audio, metrics, segment
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.engines import DecodeOptions
+from arkasr.evaluate import nonspeech
 from arkasr.segment import CHUNK_SAMPLES, NO_SPEECH, SPEECH, Span
 from arkasr.train import loop
 
 ROOT = Path(__file__).parents[1]
 UNGUARDED = DecodeOptions(guard=False)
-DURATIONS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0)
-NOISE_DBFS = (-60, -40, -20, -6)
-NOISES = {"white": 0.0, "pink": 0.5, "brown": 1.0}  # amplitude falls with this power of the frequency
 TRANSCRIBED = ("an4", "fsdd")
 PERCENTILES = (0, 0.5, 1, 2, 5, 10, 25, 50, 75, 90, 95, 98, 99, 100)
 # Rules that might decide whether a span is believed: least speech, and least confidence where speech is below `sure`.
@@ -83,71 +81,8 @@ def recorded(speech: Path, name: str, *, split: str | None = None) -> Iterator[C
 
 
 def made() -> Iterator[Clip]:
-    """Silence, noise, tones, hum and clicks of all durations, the same in every run."""
-    rng = np.random.default_rng(0)
-    for duration_s in DURATIONS_S:
-        num_samples = round(duration_s * SAMPLE_RATE)
-        time_s = np.arange(num_samples) / SAMPLE_RATE
-        for kind, name, samples in (
-            *silences(num_samples, rng),
-            *noises(num_samples, rng),
-            *tones(time_s),
-            *clicks(time_s, rng),
-        ):
-            yield Clip(kind, f"{name}, {duration_s:g} s", samples.astype(np.float32))
-
-
-Made = tuple[str, str, np.ndarray[Any, np.dtype[np.floating[Any]]]]
-
-
-def silences(num_samples: int, rng: np.random.Generator) -> Iterator[Made]:
-    yield "silence", "zeros", np.zeros(num_samples)
-    yield "silence", "offset of 0.1", np.full(num_samples, 0.1)
-    yield "silence", "last bit of 16", rng.integers(-1, 2, num_samples) / 32768
-
-
-def noises(num_samples: int, rng: np.random.Generator) -> Iterator[Made]:
-    for name, slope in NOISES.items():
-        spectrum = np.fft.rfft(rng.standard_normal(num_samples))
-        frequencies_hz = np.fft.rfftfreq(num_samples, 1 / SAMPLE_RATE)
-        shaped = np.fft.irfft(spectrum / np.maximum(frequencies_hz, 20) ** slope, num_samples)
-        for level in NOISE_DBFS:
-            scaled = shaped / np.sqrt(np.square(shaped).mean()) * 10 ** (level / 20)
-            yield f"{name} noise", f"{name} noise, {level} dBFS", np.clip(scaled, -1, 1)
-
-
-def tones(time_s: np.ndarray[Any, np.dtype[np.floating[Any]]]) -> Iterator[Made]:
-    def sine(*frequencies_hz: float) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
-        return np.mean([np.sin(2 * np.pi * hz * time_s) for hz in frequencies_hz], axis=0)  # type: ignore[no-any-return]
-
-    for level in (-30, -3):
-        for hz in (100, 440, 1000, 3000):
-            yield "tone", f"{hz} Hz, {level} dBFS", sine(hz) * 10 ** (level / 20)
-        yield "tone", f"dial tone, {level} dBFS", sine(350, 440) * 10 ** (level / 20)
-        yield "tone", f"engaged tone, {level} dBFS", sine(480, 620) * (time_s % 1 < 0.5) * 10 ** (level / 20)
-        yield (
-            "tone",
-            f"siren, {level} dBFS",
-            np.sin(2 * np.pi * (700 * time_s + 60 * np.sin(4 * time_s))) * 10 ** (level / 20),
-        )
-        for hz in (50, 60):
-            hum = sum(np.sin(2 * np.pi * hz * n * time_s) / n for n in range(1, 30))
-            yield "hum", f"hum of {hz} Hz, {level} dBFS", hum / 2 * 10 ** (level / 20)
-
-
-def clicks(time_s: np.ndarray[Any, np.dtype[np.floating[Any]]], rng: np.random.Generator) -> Iterator[Made]:
-    once_a_second = np.zeros(len(time_s))
-    once_a_second[800::SAMPLE_RATE] = 0.9
-    yield "clicks", "one a second", once_a_second
-    yield "clicks", "ten a second at random", (rng.random(len(time_s)) < 10 / SAMPLE_RATE) * 0.9
-    decay = np.exp(-np.arange(400) / 60) * np.sin(np.arange(400) * 0.9)
-    yield "clicks", "knocks, three a second", np.convolve(once_a_second[::1], decay)[: len(time_s)]
-    keys = (rng.random(len(time_s)) < 5 / SAMPLE_RATE) * rng.uniform(0.05, 0.5, len(time_s))
-    yield (
-        "clicks",
-        "keys, five a second in noise",
-        np.convolve(keys, decay)[: len(time_s)] + rng.standard_normal(len(time_s)) * 1e-3,
-    )
+    """The clips that evaluation makes."""
+    return (Clip(clip.kind, clip.id, clip.waveform) for clip in nonspeech.made())
 
 
 # ---- measuring ----

@@ -16,9 +16,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MODELS = tuple(f"ark-asr models{action}" for action in ("", " list", " pull", " verify", " path", " remove"))
 KEYS = tuple(f"ark-asr keys{action}" for action in ("", " create", " list", " revoke"))
+EVALUATION = tuple(f"ark-asr eval{action}" for action in ("", " run", " robust", " score", " compare", " report"))
 SERVER = ("ark-asr serve", *KEYS, "ark-asr usage")
 COMMANDS = (
-    "ark-asr", "ark-asr transcribe", "ark-asr export", *MODELS, *SERVER, "ark-asr train", "ark-asr train sft",
+    "ark-asr", "ark-asr transcribe", "ark-asr export", *MODELS, *SERVER, *EVALUATION, "ark-asr train",
+    "ark-asr train sft",
 )  # fmt: skip
 SET_NAMES = {
     "an4": "AN4 test: 10 unseen speakers",

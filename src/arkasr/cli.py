@@ -26,7 +26,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from arkasr import __version__, audio, cli_keys, export, hub, jobs, pins
+from arkasr import __version__, audio, cli_eval, cli_keys, export, hub, jobs, pins
 from arkasr.checkpoint import open_checkpoint
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.errors import ArkASRError, MissingExtraError, UsageError
@@ -55,6 +55,7 @@ app.add_typer(train_app, name="train")
 models_app = typer.Typer(help="Download, check and remove models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 
+app.add_typer(cli_eval.app, name="eval")
 app.add_typer(cli_keys.app, name="keys")
 app.command("usage")(cli_keys.usage)
 
