@@ -100,7 +100,6 @@ def test_reading_is_lenient(tmp_path: Path) -> None:
         (GOOD.replace("audio_filepath", "file"), "no column 'audio_filepath'"),
         (GOOD.replace('"c"', "3"), "'pred_text' is no text"),
         (GOOD.replace('"Ä b"', "null"), "'text' is no text"),
-        (GOOD.replace('"c"', '"\\ud800"'), "'pred_text' has half a character"),
         (GOOD.replace("1.5", '"1.5"'), "'duration' is no number of seconds"),
         (GOOD.replace("1.5", "NaN"), "'duration' is no number of seconds"),
         (GOOD.replace("1.5", "-1"), "'duration' is no number of seconds"),
@@ -127,6 +126,30 @@ def test_malformed_lines_are_named_and_counted(tmp_path: Path, bad: str | bytes,
     assert problem.startswith("7 malformed lines left out")
     assert problem.endswith(": 1, 2, 3, 4, 5, ...")
     assert scored_problem(often) == problem
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\uDFFF", "\\udc00\\ud800"])
+def test_half_a_character_is_replaced_and_named(tmp_path: Path, half: str) -> None:
+    """Left out, such a row made the set incomplete; kept as it is, it broke kaldialign and the report's file."""
+    whole, escaped = GOOD.replace("c", "\\ud83d\\ude00"), GOOD.replace("c", r"\\ud800")
+    bad = GOOD.replace("c", f"c {half} d").replace("}", f', "x": {{"speaker": ["{half}"], "{half}": 1}}}}')
+    found = read(written(tmp_path, whole, bad, escaped, "{"))
+    assert [row.pred_text for row in found.rows] == ["😀", f"c {'�' * (len(half) // 6)} d", r"\ud800"]
+    assert found.repairs == ("1 line with half a character, read as �: 2",)
+    assert len(found.problems) == 1
+    for kept in found.rows:
+        line(kept).encode()
+    apart = replace(found, rows=found.rows[1:2], problems=())
+    for name, regime in (("mine", "none"), ("ami_cleaned", "E")):  # of so many rows as it had
+        assert score(apart, PLAIN, name=name, regime=regime).notes[0] == found.repairs[0]
+    often = read(written(tmp_path, *[bad] * 6))
+    assert often.repairs == ("6 lines with half a character, read as �: 1, 2, 3, 4, 5, ...",)
+
+
+def test_tokens_with_half_a_character_are_counted() -> None:
+    """kaldialign raises a bare TypeError for them."""
+    result = scored(row("a \ud800 b", "a \udc00 b c"))
+    assert result.counts == Counts(1, 0, 1, 3)
 
 
 def scored_problem(manifest: Manifest) -> str:
@@ -256,10 +279,12 @@ def test_errors_are_summed_before_they_are_divided() -> None:
 
 def test_corners() -> None:
     assert scored(row("", "a b")).wer == math.inf
-    assert scored(row("", "")).wer == 0.0
+    silent = scored(row("", ""))
+    assert (silent.wer, silent.empty_references, silent.words_on_empty) == (0.0, 1, 0)
     assert scored(row("a b", "")).counts == Counts(0, 2, 0, 2)
     failed = scored(row("a b", "", x={"error": "out of memory"}), row("a", "a"))
     assert (failed.failed, failed.counts.errors) == (1, 2)
+    assert scored(row("a", "a", x={"error": None})).failed == 0
 
 
 def test_the_normalizer_decides_on_compounds_and_pairs() -> None:
@@ -317,6 +342,9 @@ def test_rows_that_stand_twice() -> None:
     assert len(scored(replace(one, x={"id": "u1"}), replace(one, x={"id": "u2"})).rows) == 2
     with pytest.raises(UsageError, match="first 's chunk 0'"):
         scored(chunk("s", 0, "a"), chunk("s", 0, "b"))
+    assert len(scored(one, replace(one, duration=3.0)).rows) == 2
+    assert len(scored(chunk("s", None, "a"), chunk("s", None, "b")).rows) == 1  # no place in it to stand at twice
+    assert len(scored(row("a", "a", chunk_index=0), row("a", "a", chunk_index=0)).rows) == 2
 
 
 def test_unknown_regimes_and_sets() -> None:
@@ -402,7 +430,10 @@ def test_long_sets_dominate_the_speed() -> None:
     scores[0] = replace(scores[0], rows=long.rows, rtfx=30.0)
     result = averages(scores, "B")
     assert result.rtfx == (3_000 + 6) / (100 + 3)
-    assert averages([replace(scores[0], rtfx=None), *scores[1:]], "B").rtfx is None
+    first, *others = set_scores("B")
+    for lacking, speeds in ((replace(first, rtfx=None), (None, 4.0)), (replace(first, rtfx_padded=None), (2.0, None))):
+        result = averages([lacking, *others], "B")
+        assert (result.rtfx, result.rtfx_padded) == speeds
 
 
 @pytest.mark.parametrize(
@@ -426,8 +457,8 @@ def test_no_average_over_other_sets(change: Any, reason: str) -> None:
 def test_other_sets_stay_out_of_the_average() -> None:
     scores = set_scores("E")
     stray = replace(scores[0], name="ami", counts=Counts(9, 0, 0, 9))
-    result = averages([stray, *scores], "E")
-    assert result.extra == ("ami",)
+    result = averages([stray, *scores, stray], "E")
+    assert result.extra == ("ami", "ami")
     assert result.wer == averages(scores, "E").wer
     nothing = averages([scored(row("a", "a"))], "none")
     assert (nothing.wer, nothing.reason) == (None, "sets outside the leaderboard have no average")
@@ -497,6 +528,24 @@ def test_self_report() -> None:
     }  # fmt: skip
     source = {"url": "https://example.org/runs?a=1#b", "name": "OAL-B/lower public-7"}
     assert all(entry["source"] == source and entry["date"] == "2026-09-01" for entry in entries)
+
+
+def test_only_what_has_a_name_there_is_reported() -> None:
+    """Monsoon has none; and values are rounded as the leaderboard rounds, the date written as it writes it."""
+    scores = set_scores("E")
+    long = scored(row("a", "a", duration=1.0, time=3.0))
+    scores[0] = replace(scores[0], rows=long.rows, rtfx=1 / 3)
+    average = averages(scores, "E")
+    entries = yaml.safe_load(eval_results_yaml(scores, average, date="20260901", source="https://x"))
+    values = {entry["dataset"]["task_id"]: entry["value"] for entry in entries}
+    assert sorted(values) == [
+        "ami_wer", "earnings22_wer", "gigaspeech_wer", "librispeech_clean_wer", "librispeech_other_wer", "mean_wer",
+        "rtfx", "spgispeech_wer", "voxpopuli_wer",
+    ]  # fmt: skip
+    assert (values["mean_wer"], values["rtfx"]) == (average.wer, 1.23) != (average.unrounded, average.rtfx)
+    assert {entry["date"] for entry in entries} == {"2026-09-01"}
+    untimed = replace(average, rtfx=None)
+    assert "rtfx" not in eval_results_yaml(scores, untimed, date="20260901", source="https://x")
 
 
 def test_no_self_report_without_an_average() -> None:

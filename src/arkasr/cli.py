@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,8 +25,9 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from typer.core import TyperGroup
 
-from arkasr import __version__, audio, cli_eval, cli_keys, export, hub, jobs, pins
+from arkasr import __version__, audio, cli_keys, export, hub, jobs, pins
 from arkasr.checkpoint import open_checkpoint
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.errors import ArkASRError, MissingExtraError, UsageError
@@ -41,8 +42,28 @@ from arkasr.results import (
 )
 from arkasr.transcribe import BATCH_SIZE, Transcriber, load_model
 
+EVAL = "eval"
+
+
+class _Commands(TyperGroup):
+    """The commands; what measures is imported when it is asked for, lest every short transcription wait for it."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), EVAL]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name != EVAL:
+            return super().get_command(ctx, cmd_name)
+        from arkasr import cli_eval
+
+        command = typer.main.get_command(cli_eval.app)
+        command.name = EVAL
+        return command
+
+
 app = typer.Typer(
     name="ark-asr",
+    cls=_Commands,
     help="Transcribe speech with the ARK-ASR models, natively and offline.",
     no_args_is_help=True,
     add_completion=False,
@@ -55,7 +76,6 @@ app.add_typer(train_app, name="train")
 models_app = typer.Typer(help="Download, check and remove models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 
-app.add_typer(cli_eval.app, name="eval")
 app.add_typer(cli_keys.app, name="keys")
 app.command("usage")(cli_keys.usage)
 

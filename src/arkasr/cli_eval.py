@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -107,13 +107,15 @@ def run_sets(
         )
         for place in sets
     ]  # fmt: skip
-    system = _system(
+    with _system(
         model, engine=engine, device=device, dtype=dtype, base_url=base_url, api_key_env=api_key_env,
         transformers=transformers, batch_size=batch_size, vad=vad, language=language, allow_download=allow_download,
-    )  # fmt: skip
-    failed = _hear(opened, system, output, batch_size=batch_size, warmup=warmup, limit=limit)
+    ) as system:  # fmt: skip
+        failed = _hear(opened, system, output, batch_size=batch_size, warmup=warmup, limit=limit)
     if limit is None:
-        _print(study.score_table([study.read(output, normalizer=normalizer, regime=regime)], regime))
+        found = study.read(output, normalizer=normalizer, regime=regime)
+        _print(study.score_table([found], regime))
+        _notes([found])
     else:
         _say(f"{output}: the first {limit} rows only, which is no score; `ark-asr eval score` has the numbers")
     if failed:
@@ -157,14 +159,15 @@ def run_conditions(
         for place in sets
         for condition in chosen
     ]
-    system = _system(
+    with _system(
         model, engine=engine, device=device, dtype=dtype, base_url=base_url, api_key_env=api_key_env,
         transformers=transformers, batch_size=batch_size, vad=vad, language=language, allow_download=allow_download,
-    )  # fmt: skip
-    failed = _hear(opened, system, output, batch_size=batch_size, warmup=0, limit=limit)
+    ) as system:  # fmt: skip
+        failed = _hear(opened, system, output, batch_size=batch_size, warmup=0, limit=limit)
     found = study.read(output, normalizer=normalizer, regime=regimes.NONE)
     for table in study.robustness_tables([found]):
         _print(table)
+    _notes([found])
     if failed:
         raise typer.Exit(1)
 
@@ -188,7 +191,10 @@ def compare(
 ) -> None:
     """Compare two systems by paired tests; "better" is said only where the interval excludes no difference."""
     one, other = (study.read(place, normalizer=normalizer, regime=regime) for place in (first, second))
-    _print(study.comparison_table(one, other))
+    table = study.comparison_table(one, other)
+    if not table.rows:
+        raise UsageError(f"{first} and {second}: no set with reference words in common ({table.note or 'none at all'})")
+    _print(table)
     _notes([one, other])
 
 
@@ -228,7 +234,8 @@ def _open(
     allow_download: bool = False,
 ) -> Dataset:
     if place == harder.NONSPEECH:
-        return harder.made_nonspeech()
+        made = harder.made_nonspeech()
+        return replace(made, name=name or made.name, expected_rows=rows)
     by = None if keep_empty else normalize.normalizer(normalize.default_for(language), language=language)
     found = datasets.open_dataset(
         place, normalizer=by, kind=kind, config=config, split=split, name=name, language=language, expected_rows=rows,
@@ -238,6 +245,7 @@ def _open(
     return found if known is None else replace(found, regime=regime)
 
 
+@contextmanager
 def _system(
     model: str,
     *,
@@ -251,26 +259,30 @@ def _system(
     vad: bool,
     language: str,
     allow_download: bool,
-) -> System:
+) -> Iterator[System]:
     if base_url is not None and transformers:
         raise UsageError("--base-url and --transformers: one system at a time; leave one of them out")
     if base_url is not None:
         from arkasr.evaluate.endpoint import EndpointSystem, Request
 
-        return EndpointSystem(base_url, model, key_variable=api_key_env, request=Request(parallel=batch_size))
-    if transformers:
+        with closing(
+            EndpointSystem(base_url, model, key_variable=api_key_env, request=Request(parallel=batch_size))
+        ) as endpoint:
+            yield endpoint
+    elif transformers:
         from arkasr.evaluate.hf import TransformersSystem
 
-        return TransformersSystem(
+        yield TransformersSystem(
             model,
             device="cpu" if device == "auto" else device,
             dtype="float32" if dtype == "auto" else dtype,
             language=language,
             allow_download=allow_download,
         )
-    return OwnSystem.load(
-        model, engine=engine, device=device, dtype=dtype, batch_size=batch_size, vad=vad, report=_say
-    )  # fmt: skip
+    else:
+        yield OwnSystem.load(
+            model, engine=engine, device=device, dtype=dtype, batch_size=batch_size, vad=vad, report=_say
+        )
 
 
 def _hear(sets: list[Dataset], system: System, output: Path, *, batch_size: int, warmup: int, limit: int | None) -> int:

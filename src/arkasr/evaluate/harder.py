@@ -3,13 +3,14 @@
 import io
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import soundfile
 
 from arkasr.audio import SAMPLE_RATE, Waveform
-from arkasr.errors import UsageError
+from arkasr.errors import AudioError, UsageError
 from arkasr.evaluate import nonspeech, robust
 from arkasr.evaluate.datasets import Dataset
 from arkasr.evaluate.effects import Drawn
@@ -47,7 +48,7 @@ def _changed(condition: Condition, name: str, others: Drawn, recorded: Drawn | N
 def _others(items: Sequence[Item], this: int) -> Drawn:
     if len(items) < 2:
         return _nobody
-    return robust.among(lambda number: items[number].recorded(), len(items), this=this)
+    return robust.among(lambda number: _readable(items, number, this=this), len(items), this=this)
 
 
 def _nobody(_drawn: int) -> Waveform:
@@ -55,7 +56,17 @@ def _nobody(_drawn: int) -> Waveform:
 
 
 def _drawn(noises: Sequence[Item]) -> Drawn | None:
-    return (lambda drawn: noises[drawn % len(noises)].recorded()) if noises else None
+    return (lambda drawn: _readable(noises, drawn % len(noises))) if noises else None
+
+
+def _readable(items: Sequence[Item], start: int, *, this: int | None = None) -> Waveform:
+    """The audio of the first row from `start` on, in a circle, that has any: a bad file is no fault of other rows."""
+    for step in range(len(items)):
+        number = (start + step) % len(items)
+        if number != this:
+            with suppress(AudioError):
+                return items[number].recorded()
+    raise UsageError("nothing to mix in: no other row can be read; check the paths, or leave the condition out")
 
 
 def made_nonspeech() -> Dataset:

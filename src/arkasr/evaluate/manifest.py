@@ -1,7 +1,7 @@
 """Predictions as the leaderboard exchanges them: a JSON line a row, raw texts, a file for each model and set.
 
 What the leaderboard does not know stands under one key, `x`. Reading is lenient where its reader is (blank lines,
-unknown fields); a line that cannot be read is left out, and the manifest says which and why.
+unknown fields); a line that cannot be read is left out, half a character is replaced, and the manifest says where.
 """
 
 import json
@@ -18,6 +18,7 @@ from arkasr.errors import UsageError, quoted
 RUN = "run.json"  # beside manifests: what made them
 _MAX_S = 1e9
 _SHOWN = 5  # numbers of lines in one problem
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can escape half a surrogate pair, which no file or aligner takes
 _NAME = re.compile(r"MODEL_(?P<model>.+?)_DATASET_.+")
 # "/" and "-" of a model's id are both "-" in a file's name; of these organisations the first "-" is their own.
 _HYPHENATED = ("AutoArk-AI", "abr-ai", "distil-whisper", "ibm-granite", "zai-org")
@@ -51,15 +52,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows of a file, and which of its lines are none."""
+    """The rows of a file, which of its lines are none, and which are not quite as they were written."""
 
     path: Path
     rows: tuple[Row, ...]
     problems: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
 
 
 def read(path: Path) -> Manifest:
-    """The manifest in a file; its problems name every kind of malformed line, how many there are, and where.
+    """The manifest in a file; its problems and repairs name every kind of line, how many there are, and where.
 
     Raises:
         UsageError: the file cannot be read.
@@ -70,27 +72,45 @@ def read(path: Path) -> Manifest:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give a manifest of predictions") from None
     rows: list[Row] = []
     malformed: dict[str, list[int]] = defaultdict(list)
+    repaired: list[int] = []
     for number, raw in enumerate(lines, start=1):
         if raw.strip():
             try:
-                rows.append(_row(raw))
+                record, is_whole = _record(raw)
+                rows.append(_row(record))
             except UsageError as error:
                 malformed[str(error)].append(number)
-    problems = tuple(_problem(why, numbers) for why, numbers in malformed.items())
-    return Manifest(path, tuple(rows), problems)
+            else:
+                repaired += [] if is_whole else [number]
+    problems = tuple(
+        f"{_lines(numbers, 'malformed line')} left out ({why}): {_places(numbers)}"
+        for why, numbers in malformed.items()
+    )
+    repairs = f"{_lines(repaired, 'line')} with half a character, read as \ufffd: {_places(repaired)}"
+    return Manifest(path, tuple(rows), problems, (repairs,) if repaired else ())
 
 
-def _problem(why: str, numbers: Sequence[int]) -> str:
-    places = ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")
-    return f"{len(numbers)} malformed line{'s'[: len(numbers) > 1]} left out ({why}): {places}"
+def _lines(numbers: Sequence[int], what: str) -> str:
+    return f"{len(numbers)} {what}{'s'[: len(numbers) > 1]}"
 
 
-def _row(raw: bytes) -> Row:
-    """The row of a line."""
+def _places(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")
+
+
+def _record(raw: bytes) -> tuple[Any, bool]:
+    """What a line holds, and whether it does without half characters, in whose places are replacement characters."""
     try:
         record = json.loads(raw.decode())
+        if b"\\u" in raw and _HALF.search(text := json.dumps(record, ensure_ascii=False)):
+            return json.loads(_HALF.sub("\ufffd", text)), False
     except (ValueError, RecursionError):
         raise UsageError("not JSON in UTF-8") from None
+    return record, True
+
+
+def _row(record: Any) -> Row:
+    """The row of what a line holds."""
     if not isinstance(record, dict):
         raise UsageError("not a JSON object")
     for column in ("audio_filepath", "text", "pred_text"):
@@ -110,10 +130,6 @@ def _string(record: dict[str, Any], column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise UsageError(f"{column!r} is no text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{column!r} has half a character") from None
     return value
 
 
@@ -227,9 +243,11 @@ def model_of(path: Path) -> str:
     if run.is_file():
         try:
             model = json.loads(run.read_bytes())["model"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{run}: tells no model ({error!r}); remove it or put it right") from None
-        if isinstance(model, str) and (named is None or named["model"] == model.replace("/", "-")):
+        if not isinstance(model, str):
+            raise UsageError(f"{run}: its model is {quoted(model)}, no name; remove it or put it right")
+        if named is None or named["model"] == model.replace("/", "-"):
             return model  # another model's manifest may have been put beside
     if named is None:
         return path.stem

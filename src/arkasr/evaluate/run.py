@@ -20,7 +20,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from arkasr.audio import SAMPLE_RATE, Waveform
-from arkasr.errors import ArkASRError, UsageError, quoted
+from arkasr.errors import AudioError, UsageError, quoted
 from arkasr.evaluate import manifest, record
 from arkasr.evaluate.datasets import Dataset, Survey
 from arkasr.evaluate.rows import Item
@@ -160,19 +160,19 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _decode(item: Item) -> Waveform | ArkASRError:
+def _decode(item: Item) -> Waveform | AudioError:
     try:
         return item.waveform()
-    except ArkASRError as error:
+    except AudioError as error:  # what no row could be spared, as a condition that cannot be made, ends the run
         return error
 
 
-def _hear(system: System, batch: Sequence[Item]) -> list[tuple[Item, Waveform | ArkASRError, Heard]]:
+def _hear(system: System, batch: Sequence[Item]) -> list[tuple[Item, Waveform | AudioError, Heard]]:
     """Each row with its audio and what is heard in it; a row whose audio fails has no part in the batch."""
     decoded = [_decode(item) for item in batch]
-    sound = [waveform for waveform in decoded if not isinstance(waveform, ArkASRError)]
+    sound = [waveform for waveform in decoded if not isinstance(waveform, AudioError)]
     answers = iter(system.hear(sound) if sound else [])
-    heard = [Heard("", 0.0, error=str(one)) if isinstance(one, ArkASRError) else next(answers) for one in decoded]
+    heard = [Heard("", 0.0, error=str(one)) if isinstance(one, AudioError) else next(answers) for one in decoded]
     assert next(answers, None) is None
     return list(zip(batch, decoded, heard, strict=True))
 
@@ -183,12 +183,12 @@ def _warm_up(dataset: Dataset, system: System, num_rows: int, batch_size: int) -
         _hear(system, batch)
 
 
-def _row(dataset: Dataset, folder: Path, item: Item, waveform: Waveform | ArkASRError, heard: Heard) -> manifest.Row:
+def _row(dataset: Dataset, folder: Path, item: Item, waveform: Waveform | AudioError, heard: Heard) -> manifest.Row:
     """A line of the manifest, whose audio is told from its folder.
 
     Without audio it has neither time nor duration, so nobody makes a speed of it.
     """
-    duration_s = None if isinstance(waveform, ArkASRError) else len(waveform) / SAMPLE_RATE
+    duration_s = None if isinstance(waveform, AudioError) else len(waveform) / SAMPLE_RATE
     ours: dict[str, Any] = {
         "id": item.id, "set": "/".join(filter(None, dataset.title)), "speaker": item.speaker,
         "language": item.language or dataset.language,

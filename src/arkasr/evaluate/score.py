@@ -69,7 +69,8 @@ def score(manifest: Manifest, normalizer: Normalizer, *, name: str, regime: str 
     """
     _refuse_doubles(manifest)
     merged, warnings = merge_chunks(manifest.rows)
-    notes = [*manifest.problems, *warnings, *_check_set(manifest, len(merged), name=name, regime=regime or NONE)]
+    unsure = _check_set(manifest, len(merged), name=name, regime=regime or NONE)
+    notes = [*manifest.problems, *manifest.repairs, *warnings, *unsure]
     rows = tuple(_scored(row, normalizer) for row in merged)
     on_empty = [scored.counts.insertions for scored in rows if not scored.reference]
     rtfx, why = _rtfx(merged, lambda row: row.duration)

@@ -20,6 +20,7 @@ from arkasr.metrics.normalize import Normalizer
 from arkasr.metrics.regimes import NONE
 
 CLEAN = "clean"
+PARTS = ("system", "options", "hardware", "versions")  # of an entry of run.json, that reports show
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ def read(place: Path, *, normalizer: str | None, regime: str) -> Results:
         else:
             harder[one.name, condition] = one
     record = _record(paths[0].parent)
-    unfinished = [name for name, entry in record.get("sets", {}).items() if not entry.get("complete")]
-    notes = tuple(f"{name}: not heard to its end; run it again" for name in unfinished)
-    return Results(models[0], _facts(record), tuple(scores), manifests, harder, tuple(by.values()), notes)
+    return Results(models[0], _facts(record), tuple(scores), manifests, harder, tuple(by.values()), _lacking(record))
 
 
 def _with_audio(given: Manifest) -> Manifest:
@@ -111,9 +110,30 @@ def _record(folder: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a record of a run ({error}); delete it, or give another folder") from None
-    return record if isinstance(record, dict) else {}
+    if not _is_record(record):
+        raise UsageError(f"{path}: not a record of a run; delete it, or give another folder")
+    return record  # type: ignore[no-any-return]
+
+
+def _is_record(record: object) -> bool:
+    sets = record.get("sets", {}) if isinstance(record, dict) else None
+    return isinstance(sets, dict) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(part, {}), dict) for part in PARTS)
+        for entry in sets.values()
+    )
+
+
+def _lacking(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which sets were not heard as a whole, by accident or by --limit."""
+    notes = []
+    for name, entry in record.get("sets", {}).items():
+        if not entry.get("complete"):
+            notes.append(f"{name}: not heard to its end; run it again")
+        elif (limit := entry.get("options", {}).get("limit")) is not None:
+            notes.append(f"{name}: only the first {limit} rows were asked for, which is no score of the set")
+    return tuple(notes)
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:
@@ -121,7 +141,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     entries = list(record.get("sets", {}).values())
     if not entries:
         return {}
-    flat = {key: entries[0].get(key, {}) for key in ("system", "options", "hardware", "versions")}
+    flat = {key: entries[0].get(key, {}) for key in PARTS}
     lines = {
         f"{part}: {name}": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for part, facts in flat.items()
@@ -145,9 +165,11 @@ def score_table(results: Sequence[Results], regime: str) -> Table:
     """A row for each set of each system, and one for the regime's average where there is one."""
     columns = ("System", "Set", "Rows", "Words", "WER or CER %", "95 % from", "to", "RTFx", "Failed", "Scored as")
     rows: list[tuple[Cell, ...]] = []
+    notes: list[str] = []
     for system in results:
         for one in system.scores:
             sure = statistics.uncertainty(one.rows)
+            notes += [f"{system.name}, {one.name}: {sure.note}"] if sure and sure.note else []
             low, high = (100 * end for end in (sure.headline.low, sure.headline.high)) if sure else (None, None)
             wer = one.wer if one.counts.reference_words else None
             counted = (len(one.rows), one.counts.reference_words, wer, low, high, one.rtfx, one.failed)
@@ -158,15 +180,15 @@ def score_table(results: Sequence[Results], regime: str) -> Table:
                 system.name, "public macro", None, None, average.wer, None, None, average.rtfx, None, average.label
             ))  # fmt: skip
     reasons = {system.name: averages(system.scores, regime).reason for system in results}
-    note = "; ".join(f"{name}: no average, {reason}" for name, reason in reasons.items() if reason)
-    return Table("Scores", columns, tuple(rows), "regime and normalizer in each row", note)
+    notes += [f"{name}: no average, {reason}" for name, reason in reasons.items() if reason]
+    return Table("Scores", columns, tuple(rows), "regime and normalizer in each row", "; ".join(notes))
 
 
 def comparison_table(first: Results, second: Results) -> Table:
     """Set by set and on average, in the only words that may be used.
 
     Raises:
-        UsageError: a set was scored in two ways, or has other rows or references for the one than for the other.
+        UsageError: a set was scored in two ways, or has other references for the one than for the other.
     """
     found = statistics.compare(first.scores, second.scores)
     rows: list[tuple[Cell, ...]] = [
@@ -177,10 +199,14 @@ def comparison_table(first: Results, second: Results) -> Table:
     notes = [f"{one.name}: {one.difference.note}" for one in found.sets if one.difference.note]
     for who, names in ((first, found.only_first), (second, found.only_second)):
         notes += [f"only {who.name} has {', '.join(names)}"] if names else []
-    one, other = (f"{name} %" for name in (first.name, second.name))
+    for one in found.sets:
+        for who, ids in ((first, one.only_first), (second, one.only_second)):
+            notes += [f"{one.name}: {len(ids)} rows that only {who.name} has are left out"] if ids else []
+    notes += [f"{name}: no reference words" for name in found.without_words]
+    ours, theirs = (f"{name} %" for name in (first.name, second.name))
     return Table(
         f"{first.name} against {second.name}",
-        ("Set", one, other, "Difference", "95 % from", "to", "p (Holm)", "p (MAPSSWE)", f"{first.name} is"),
+        ("Set", ours, theirs, "Difference", "95 % from", "to", "p (Holm)", "p (MAPSSWE)", f"{first.name} is"),
         tuple(rows),
         f"paired, normalizer {', '.join(sorted({one.normalizer for one in found.sets}))}",
         "; ".join(notes),
