@@ -215,6 +215,8 @@ GOOD: dict[str, Any] = {"audio": "b.flac", "text": "YES"}
         *[
             (GOOD, "--base-url http://[::1]/v1 --transformers", "--base-url and --transformers"),
             (GOOD, "--base-url ftp://127.0.0.1", "http"),
+            (GOOD, "--base-url http://[::1]/v1 --dtype int8", "--dtype: does nothing"),
+            (GOOD, "--transformers --no-vad", "--no-vad: does nothing"),
         ],
         *[(GOOD, "--limit 0", "limit is 0"), (GOOD, "--batch-size 0", "batch_size is 0")],
     ],

@@ -262,6 +262,11 @@ def _system(
 ) -> Iterator[System]:
     if base_url is not None and transformers:
         raise UsageError("--base-url and --transformers: one system at a time; leave one of them out")
+    ours = {"--engine": engine != "auto", "--no-vad": not vad}
+    local = {"--device": device != "auto", "--dtype": dtype != "auto"}
+    elsewhere = {**ours, **local} if base_url is not None else ours if transformers else {}
+    if idle := [name for name, given in elsewhere.items() if given]:
+        raise UsageError(f"{idle[0]}: does nothing for a system that is not ours; leave it out")
     if base_url is not None:
         from arkasr.evaluate.endpoint import EndpointSystem, Request
 

@@ -39,8 +39,9 @@ def report(title: str, results: Sequence[Results], regime: str, *, speeds: Seque
         _published(regime),
     ]
     notes = [f"{system.name}: {note}" for system in results for note in system.notes]
-    reasons = ((system.name, averages(system.scores, regime).reason) for system in results)
-    notes += [f"{name}: no average over the sets of regime {regime}: {reason}" for name, reason in reasons if reason]
+    for system in results:
+        if reason := study.no_average(system, regime):
+            notes += [f"{system.name}: no average over the sets of regime {regime}: {reason}"]
     kept = tuple(section for section in made if section is not None and (section.tables or section.plots))
     return Report(
         title, tuple(map(_system, results)), kept, tuple(notes), {one.name: _analysis(one) for one in results}

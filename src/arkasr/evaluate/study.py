@@ -179,9 +179,15 @@ def score_table(results: Sequence[Results], regime: str) -> Table:
             rows.append((
                 system.name, "public macro", None, None, average.wer, None, None, average.rtfx, None, average.label
             ))  # fmt: skip
-    reasons = {system.name: averages(system.scores, regime).reason for system in results}
-    notes += [f"{name}: no average, {reason}" for name, reason in reasons.items() if reason]
+    notes += [f"{system.name}: no average, {reason}" for system in results if (reason := no_average(system, regime))]
     return Table("Scores", columns, tuple(rows), "regime and normalizer in each row", "; ".join(notes))
+
+
+def no_average(system: Results, regime: str) -> str:
+    """Why there is none over the sets of a regime, some of which were heard; "" where nobody would expect it."""
+    if all(one.regime == NONE for one in system.scores):
+        return ""
+    return averages(system.scores, regime).reason
 
 
 def comparison_table(first: Results, second: Results) -> Table:
