@@ -213,6 +213,25 @@ def serve_table() -> str:
     return "\n".join(rows)
 
 
+def scoring_table() -> str:
+    """What bench/scoring.py measured last."""
+    path, record = latest("scoring")
+    cases = {case["case"]: case for case in record["cases"]}
+    rows = ["| on one core | with kaldialign | our own aligner |", "|---|---|---|"]
+    many, own = cases["many"], cases["many, own aligner"]
+    names = {"all_s": "read and scored", "normalizing_s": "of it normalizing", "aligning_s": "of it aligning"}
+    rows += [
+        f"| {many['utterances']:,} utterances, {many['words']:,} words: {what} | {many[key]:.1f} s | {own[key]:.1f} s |"
+        for key, what in names.items()
+    ]
+    long, theirs = cases["long"], cases["long, kaldialign"]
+    size = " by ".join(f"{words:,}" for words in long["words"])
+    rows.append(f"| {size} words aligned | {theirs['align_s']:.1f} s | {long['align_s']:.1f} s |")
+    rows.append(f"| the memory that takes | {theirs['more_memory_mb']:.0f} MB | {long['more_memory_mb']:.0f} MB |")
+    rows.append(f"\nBy `bench/scoring.py`: [{path.name}](../bench/results/{path.name}).")
+    return "\n".join(rows)
+
+
 def _counts(tally: dict[str, Any]) -> tuple[int, int, int]:
     return tally["statuses"]["200"], tally["num_lost"], tally["num_wrong"]
 
@@ -233,7 +252,13 @@ def main() -> None:
         "docs/models.md": filled("docs/models.md", {"full-size": full_size_table()}),
         "docs/benchmarks.md": filled(
             "docs/benchmarks.md",
-            {"cpu": cpu_tables(), "quantization": quantization_table(), "ideas": ideas_table(), "serve": serve_table()},
+            {
+                "cpu": cpu_tables(),
+                "quantization": quantization_table(),
+                "ideas": ideas_table(),
+                "serve": serve_table(),
+                "scoring": scoring_table(),
+            },
         ),
     }
     for page, text in pages.items():

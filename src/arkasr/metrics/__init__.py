@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from arkasr.metrics.align import align as _align
 
-# Above this our own aligner is quicker: 8 000 by 8 000 words take kaldialign 11 s and 1.2 GB, and it 1.4 s and 13 MB.
+# Cells of a table above which our own aligner is quicker, and needs a hundredth of the memory (bench/scoring.py).
 _SHORT_CELLS = 100_000
 _Distance = Callable[[Sequence[str], Sequence[str], bool], dict[str, int] | None]
 

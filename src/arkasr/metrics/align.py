@@ -3,7 +3,7 @@
 Adjacent words of one side may together match one word of the other for nothing ("white paper", "whitepaper"). Among
 equally cheap alignments the choices are kaldialign's, so that insertions, deletions and substitutions are, too.
 Unusual: of the table of costs only some rows are kept, and those between are worked out again on the way back. Memory
-grows with the root of the reference's length: 8 000 by 8 000 words need 13 MB instead of 256.
+grows with the root of the reference's length: a hundredth of the table for 8 000 by 8 000 words.
 """
 
 from bisect import bisect_left
