@@ -3,7 +3,7 @@
 # SPEECH_FOLDER holds an4/, fsdd/, esc10/ and music_nature/ with their manifest.jsonl. Two CPU cores, about ten minutes.
 # Every run resumes: start it again after an interruption. Delete WORK_FOLDER to measure anew.
 set -euo pipefail
-speech=$(realpath "$1")
+speech=$(realpath -s "$1")
 work=$(realpath -m "${2:-work/evaluation}")
 cd "$(dirname "$0")/.."
 

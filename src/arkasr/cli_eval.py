@@ -177,7 +177,7 @@ def score(
     results: ResultsArgument, regime: RegimeOption = regimes.DEFAULT, normalizer: NormalizerOption = None
 ) -> None:
     """Score manifests, of `eval run` or of anybody else; a row for each set."""
-    found = [study.read(place, normalizer=normalizer, regime=regime) for place in results]
+    found = study.read_all(results, normalizer=normalizer, regime=regime)
     _print(study.score_table(found, regime))
     _notes(found)
 
@@ -190,7 +190,7 @@ def compare(
     normalizer: NormalizerOption = None,
 ) -> None:
     """Compare two systems by paired tests; "better" is said only where the interval excludes no difference."""
-    one, other = (study.read(place, normalizer=normalizer, regime=regime) for place in (first, second))
+    one, other = study.read_all([first, second], normalizer=normalizer, regime=regime)
     table = study.comparison_table(one, other)
     if not table.rows:
         raise UsageError(f"{first} and {second}: no set with reference words in common ({table.note or 'none at all'})")
@@ -214,7 +214,7 @@ def write_report(
     normalizer: NormalizerOption = None,
 ) -> None:
     """Write one HTML file that opens offline, with Markdown and JSON beside it; of one system, or of two compared."""
-    found = [study.read(place, normalizer=normalizer, regime=regime) for place in results]
+    found = study.read_all(results, normalizer=normalizer, regime=regime)
     speeds = [study.read(place, normalizer=normalizer, regime=regime) for place in speed or []]
     report.write(sections.report(title, found, regime, speeds=speeds), output, embed_audio=embed_audio)
     _say(f"{output / 'report.html'}: written, with report.md and report.json")

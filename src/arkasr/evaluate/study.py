@@ -4,6 +4,7 @@ folder of `run` -> Results -> score_table, comparison_table, robustness_tables
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +79,20 @@ def read(place: Path, *, normalizer: str | None, regime: str) -> Results:
             harder[one.name, condition] = one
     record = _record(paths[0].parent)
     return Results(models[0], _facts(record), tuple(scores), manifests, harder, tuple(by.values()), _lacking(record))
+
+
+def read_all(places: Sequence[Path], *, normalizer: str | None, regime: str) -> list[Results]:
+    """Results at several places; systems of one name are told apart by the names of the places.
+
+    Raises:
+        UsageError: as `read`.
+    """
+    found = [read(place, normalizer=normalizer, regime=regime) for place in places]
+    times = Counter(one.name for one in found)
+    return [
+        replace(one, name=f"{one.name} ({place.absolute().name})") if times[one.name] > 1 else one
+        for place, one in zip(places, found, strict=True)
+    ]
 
 
 def _with_audio(given: Manifest) -> Manifest:
