@@ -92,9 +92,14 @@ class Plot:
             raise UsageError(f"plot {self.title!r}: an x of 0 or less has no place on a logarithmic axis; leave it out")
 
 
+def visible(text: str) -> str:
+    """Text in which what would hide or turn the text around it (controls, bidi) stands by its number."""
+    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
+
+
 def shown(text: str) -> str:
-    """Text for HTML: markup escaped, and what would hide or turn the text around it (controls, bidi) by its number."""
-    return escape(_UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text))
+    """Visible text for HTML, markup escaped."""
+    return escape(visible(text))
 
 
 def draw(plot: Plot) -> str:

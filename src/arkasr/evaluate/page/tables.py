@@ -3,9 +3,10 @@
 import math
 import re
 from dataclasses import dataclass
+from html import escape
 
 from arkasr.errors import UsageError
-from arkasr.evaluate.page.plots import shown
+from arkasr.evaluate.page.plots import shown, visible
 
 Cell = str | int | float | None
 
@@ -62,7 +63,7 @@ def markdown(table: Table) -> list[str]:
 
 def plain(text: str) -> str:
     """Text for Markdown, where it must neither be markup nor end the line."""
-    return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", " ".join(shown(text).split()))
+    return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", " ".join(escape(visible(text), quote=False).split()))
 
 
 def _text(cell: Cell) -> str:
