@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from arkasr.engines import Dtype, EngineName
 from arkasr.errors import UsageError
-from arkasr.evaluate import datasets, harder, manifest, report, robust, run, sections, study
+from arkasr.evaluate import datasets, harder, manifest, report, robust, run, sections, selfreport, study
 from arkasr.evaluate.datasets import Dataset
 from arkasr.evaluate.page import tables
 from arkasr.evaluate.page.tables import Table
+from arkasr.evaluate.score import averages
 from arkasr.evaluate.systems import OwnSystem, System
+from arkasr.files import write_text_atomically
 from arkasr.metrics import normalize, regimes
 
 app = typer.Typer(
@@ -174,12 +177,25 @@ def run_conditions(
 
 @app.command("score")
 def score(
-    results: ResultsArgument, regime: RegimeOption = regimes.DEFAULT, normalizer: NormalizerOption = None
+    results: ResultsArgument,
+    regime: RegimeOption = regimes.DEFAULT,
+    normalizer: NormalizerOption = None,
+    self_report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help=f"Write a model repository's {selfreport.FILE} there.")
+    ] = None,
+    source: Annotated[str, typer.Option(metavar="URL", help="Where the predictions are, for --self-report.")] = "",
 ) -> None:
     """Score manifests, of `eval run` or of anybody else; a row for each set."""
     found = study.read_all(results, normalizer=normalizer, regime=regime)
     _print(study.score_table(found, regime))
     _notes(found)
+    if self_report is not None:
+        if len(found) != 1:
+            raise UsageError(f"--self-report is of one system, and {len(found)} are given; score it by itself")
+        average, day = averages(found[0].scores, regime), datetime.now(UTC).date().isoformat()
+        write_text_atomically(
+            self_report, selfreport.eval_results_yaml(found[0].scores, average, date=day, source=source)
+        )
 
 
 @app.command("compare")

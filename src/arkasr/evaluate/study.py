@@ -68,17 +68,22 @@ def read(place: Path, *, normalizer: str | None, regime: str) -> Results:
     manifests: dict[str, Manifest] = {}
     harder: dict[tuple[str, str], SetScore] = {}
     by: dict[str, Normalizer] = {}
+    hints: list[str] = []
     for path in paths:
         given = _with_audio(manifest.read(path))
         one, condition, normal = _scored(given, normalizer, regime)
         by[normal.name] = normal
+        if told := normalize.hint(normal.name, language=_language(given)):
+            hints.append(f"{one.name}: {told}")
         if condition is None:
             scores.append(one)
             manifests[one.name] = given
         else:
             harder[one.name, condition] = one
     record = _record(paths[0].parent)
-    return Results(models[0], _facts(record), tuple(scores), manifests, harder, tuple(by.values()), _lacking(record))
+    return Results(
+        models[0], _facts(record), tuple(scores), manifests, harder, tuple(by.values()), (*_lacking(record), *hints)
+    )
 
 
 def read_all(places: Sequence[Path], *, normalizer: str | None, regime: str) -> list[Results]:
@@ -108,7 +113,7 @@ def _with_audio(given: Manifest) -> Manifest:
 def _scored(given: manifest.Manifest, name: str | None, regime: str) -> tuple[SetScore, str | None, Normalizer]:
     """A manifest's score, the condition under which it was heard, and what normalized it."""
     x: Mapping[str, Any] = given.rows[0].x if given.rows else {}
-    language, condition = str(x.get("language", "en")), x.get("condition")
+    language, condition = _language(given), x.get("condition")
     table = regimes.regime(regime)
     known = None if condition else regimes.set_of(given.path.name, table)
     if known is not None:
@@ -117,6 +122,10 @@ def _scored(given: manifest.Manifest, name: str | None, regime: str) -> tuple[Se
     normal = normalize.normalizer(name or normalize.default_for(language), language=language)
     title = str(x.get("of") or x.get("set") or given.path.stem.partition("_DATASET_")[2] or given.path.stem)
     return score(given, normal, name=title, regime=NONE), None if condition is None else str(condition), normal
+
+
+def _language(given: Manifest) -> str:
+    return str(given.rows[0].x.get("language", "en")) if given.rows else "en"
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -191,8 +200,10 @@ def score_table(results: Sequence[Results], regime: str) -> Table:
             rows.append((system.name, one.name, *counted, label(one)))
         average = averages(system.scores, regime)
         if average.wer is not None:
+            macro = statistics.macro_uncertainty([one for one in system.scores if one.name not in average.extra])
+            ends = (100 * macro.headline.low, 100 * macro.headline.high)
             rows.append((
-                system.name, "public macro", None, None, average.wer, None, None, average.rtfx, None, average.label
+                system.name, "public macro", None, None, average.wer, *ends, average.rtfx, None, average.label
             ))  # fmt: skip
     notes += [f"{system.name}: no average, {reason}" for system in results if (reason := no_average(system, regime))]
     return Table("Scores", columns, tuple(rows), "regime and normalizer in each row", "; ".join(notes))
