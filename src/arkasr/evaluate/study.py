@@ -93,7 +93,7 @@ def read_all(places: Sequence[Path], *, normalizer: str | None, regime: str) -> 
         UsageError: as `read`.
     """
     found = [read(place, normalizer=normalizer, regime=regime) for place in places]
-    times = Counter(one.name for one in found)
+    times = Counter(name for name, _ in {(one.name, place) for place, one in zip(places, found, strict=True)})
     return [
         replace(one, name=f"{one.name} ({place.absolute().name})") if times[one.name] > 1 else one
         for place, one in zip(places, found, strict=True)
