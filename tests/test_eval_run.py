@@ -22,11 +22,11 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arkasr import audio, load_model
+from arkasr import audio, load_model, record
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.engines import DecodeOptions
 from arkasr.errors import ArkASRError, ModelNotFoundError, UsageError
-from arkasr.evaluate import manifest, record
+from arkasr.evaluate import manifest
 from arkasr.evaluate.datasets import Dataset, open_dataset
 from arkasr.evaluate.endpoint import EndpointSystem, Request, encode
 from arkasr.evaluate.hf import TransformersSystem
@@ -238,7 +238,7 @@ def test_code_that_is_in_no_repository_has_no_commit(tmp_path: Path, monkeypatch
     (tmp_path / "__init__.py").write_text("")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
-    monkeypatch.setattr(record, "__file__", str(tmp_path / "evaluate" / "record.py"))
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
     assert record.git_commit() is None
     subprocess.run([*git, "add", "__init__.py"], check=True)
     assert (record.git_commit() or "").endswith("-dirty")

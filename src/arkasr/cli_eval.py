@@ -158,9 +158,9 @@ def run_conditions(
         _say(note)
     recorded = _open(noise, split=split, keep_empty=True) if noise is not None else None
     opened = [
-        harder.under(_open(place, split=split, language=language), condition, recorded=recorded)
+        dataset
         for place in sets
-        for condition in chosen
+        for dataset in harder.under(_open(place, split=split, language=language), chosen, recorded=recorded)
     ]
     with _system(
         model, engine=engine, device=device, dtype=dtype, base_url=base_url, api_key_env=api_key_env,

@@ -20,8 +20,8 @@ from arkasr.evaluate.rows import Item
 NONSPEECH = "nonspeech"  # what the made clips are called where a place is asked for
 
 
-def under(dataset: Dataset, condition: Condition, *, recorded: Dataset | None = None) -> Dataset:
-    """A set as it sounds under a condition: the same rows, whose audio is changed when it is read.
+def under(dataset: Dataset, conditions: Sequence[Condition], *, recorded: Dataset | None = None) -> list[Dataset]:
+    """A set as it sounds under each condition: the same rows, whose audio is changed when it is read.
 
     All rows are held in memory, with their audio where the set keeps it within itself, for babble is made of others.
 
@@ -30,6 +30,10 @@ def under(dataset: Dataset, condition: Condition, *, recorded: Dataset | None = 
     """
     items = list(dataset)
     noises = list(recorded) if recorded is not None else []
+    return [_under(dataset, items, condition, noises) for condition in conditions]
+
+
+def _under(dataset: Dataset, items: Sequence[Item], condition: Condition, noises: Sequence[Item]) -> Dataset:
     of = "/".join(filter(None, dataset.title))
 
     def rows(_audio: bool) -> Iterator[Item]:

@@ -18,7 +18,7 @@ from arkasr.errors import UsageError, quoted
 RUN = "run.json"  # beside manifests: what made them
 _MAX_S = 1e9
 _SHOWN = 5  # numbers of lines in one problem
-_HALF = re.compile("[\ud800-\udfff]")  # JSON can escape half a surrogate pair, which no file or aligner takes
+HALF = re.compile("[\ud800-\udfff]")  # JSON can escape half a surrogate pair, which no file or aligner takes
 _NAME = re.compile(r"MODEL_(?P<model>.+?)_DATASET_.+")
 # "/" and "-" of a model's id are both "-" in a file's name; of these organisations the first "-" is their own.
 _HYPHENATED = ("AutoArk-AI", "abr-ai", "distil-whisper", "ibm-granite", "zai-org")
@@ -102,8 +102,8 @@ def _record(raw: bytes) -> tuple[Any, bool]:
     """What a line holds, and whether it does without half characters, in whose places are replacement characters."""
     try:
         record = json.loads(raw.decode())
-        if b"\\u" in raw and _HALF.search(text := json.dumps(record, ensure_ascii=False)):
-            return json.loads(_HALF.sub("\ufffd", text)), False
+        if b"\\u" in raw and HALF.search(text := json.dumps(record, ensure_ascii=False)):
+            return json.loads(HALF.sub("\ufffd", text)), False
     except (ValueError, RecursionError):
         raise UsageError("not JSON in UTF-8") from None
     return record, True

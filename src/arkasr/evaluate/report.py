@@ -24,6 +24,7 @@ from arkasr.evaluate.page import tables
 from arkasr.evaluate.page.plots import Plot, Series, draw, shown
 from arkasr.evaluate.page.sounds import Sounds
 from arkasr.evaluate.page.tables import Cell, Table, plain
+from arkasr.evaluate.resampling import row_id
 from arkasr.evaluate.score import Scored, SetScore
 from arkasr.files import write_text_atomically
 from arkasr.metrics.align import Edit, align
@@ -156,10 +157,6 @@ def _label(score: SetScore) -> str:
 # ---- utterances ----
 
 
-def _id(scored: Scored) -> str:
-    return str(scored.row.x.get("id") or scored.row.parent_id or scored.row.audio_filepath)
-
-
 def _utterances(report: Report, sounds: Sounds) -> dict[str, Any]:
     """What the page's list is made of: sets, and for each utterance what each system made of it, or None."""
     sets: dict[str, dict[str, str]] = {}
@@ -170,7 +167,7 @@ def _utterances(report: Report, sounds: Sounds) -> dict[str, Any]:
             sets[score.name] = {"name": score.name, "label": _label(score), "rate": _rate_name(normalizer)}
             place, seen = list(sets).index(score.name), Counter[str]()
             for scored in score.rows:
-                name = _id(scored)
+                name = row_id(scored.row)
                 key = (score.name, name, seen[name])  # one file may hold several utterances that have no ids
                 seen[name] += 1
                 if key not in rows:

@@ -5,7 +5,6 @@ Unusual: a record keeps its place, so that whatever is wrong with it is named by
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +15,7 @@ from arkasr import audio, data
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.data import Utterance
 from arkasr.errors import AudioError, UsageError, quoted
+from arkasr.evaluate.manifest import HALF
 
 # The leaderboard's order of the names that a column of references can have, and ours of the others.
 TEXT = ("text", "sentence", "normalized_text", "transcript", "transcription")
@@ -25,7 +25,6 @@ SPEAKER, LANGUAGE = ("speaker", "speaker_id", "client_id"), ("language", "locale
 CHUNK = ("parent_id", "chunk_index", "file_name")
 _OURS = {*TEXT, *AUDIO, *ID, *DURATION, *SPEAKER, *LANGUAGE, *CHUNK, "split", "x", "begin_time", "end_time", "offset"}
 _BESIDE = ("", "audio", "clips", "wavs")  # folders in which the audio of a table is looked for
-_HALF = re.compile("[\ud800-\udfff]")
 NUM_NAMED = 3  # of many, how many a message names
 
 
@@ -167,7 +166,7 @@ class Record:
 
 def _is_text(value: object) -> bool:
     """Whether it is one, of whole characters."""
-    return isinstance(value, str) and _HALF.search(value) is None
+    return isinstance(value, str) and HALF.search(value) is None
 
 
 def _is_plain(value: object) -> bool:

@@ -19,9 +19,10 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from arkasr import record
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.errors import AudioError, UsageError, quoted
-from arkasr.evaluate import manifest, record
+from arkasr.evaluate import manifest
 from arkasr.evaluate.datasets import Dataset, Survey
 from arkasr.evaluate.rows import Item
 from arkasr.evaluate.systems import Heard, System

@@ -110,7 +110,7 @@ def _with_audio(given: Manifest) -> Manifest:
     return replace(given, rows=rows)
 
 
-def _scored(given: manifest.Manifest, name: str | None, regime: str) -> tuple[SetScore, str | None, Normalizer]:
+def _scored(given: Manifest, name: str | None, regime: str) -> tuple[SetScore, str | None, Normalizer]:
     """A manifest's score, the condition under which it was heard, and what normalized it."""
     x: Mapping[str, Any] = given.rows[0].x if given.rows else {}
     language, condition = _language(given), x.get("condition")

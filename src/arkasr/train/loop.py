@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import arkasr
+from arkasr import record
 from arkasr.files import write_atomically
 
 STATE = "state.pt"
@@ -171,26 +171,16 @@ def forget_metrics_after(folder: Path, step: int) -> None:
 
 def provenance() -> dict[str, str]:
     """Commit, versions and hardware, written beside every run."""
-    # With "-dirty" where tracked files are not as in the commit.
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "commit": commit or "not in a git checkout",
+        "commit": record.git_commit() or "not in a git checkout",
         "arkasr": arkasr.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": record.processor(),
         "cpus": str(os.cpu_count()),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def _processor() -> str:
-    """The processor's own name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def gradient_norm(parameters: Iterable[Tensor], *, limit: float) -> float:

@@ -33,7 +33,7 @@ def hardware() -> dict[str, Any]:
     """The machine: processor, cores that we may use, memory, and NVIDIA's GPUs with driver, power limit and clocks."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gib": round(_memory_bytes() / 2**30),
         "gpus": _gpus(),
@@ -47,13 +47,14 @@ def session() -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of this code, with "-dirty" where it was changed since; None where it is in no repository."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parent
     if _output("git", "-C", str(package), "ls-files", "__init__.py") != "__init__.py":
         return None  # installed into somebody else's repository
     return _output("git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """Its own name, where Linux tells it."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()
