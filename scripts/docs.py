@@ -26,6 +26,7 @@ SET_NAMES = {
     "an4": "AN4 test: 10 unseen speakers",
     "fsdd": "FSDD test: single digits, 8 kHz, another corpus, never trained on",
 }
+STUDENTS = {"alone": "", "seed": "half of `tiny`", "tiny": "from `tiny`"}
 
 
 def cli_page() -> str:
@@ -232,6 +233,118 @@ def scoring_table() -> str:
     return "\n".join(rows)
 
 
+def opd_table() -> str:
+    """What bench/opd.py measured last with `tiny`."""
+    if not list((ROOT / "bench" / "results").glob("*-opd.json")):
+        return "Not measured yet."
+    path, record = latest("opd")
+    rows = [
+        "| clips | K | way | rollouts | teacher | student | whole update | an update takes |",
+        "|---" * 8 + "|",
+    ]
+    for case in record["cases"]:
+        for way, row in case["ways"].items():
+            rates = [f"{row['utterances_per_s'][phase]:.1f}" for phase in ("rollout", "teacher", "student", "update")]
+            times = "1" if way == "ours" else f"{case['times_as_long'][way]['update']:.1f} times as long"
+            name = way if way == "ours" else f"the reference's, {way}"
+            rows.append(f"| {case['set']} | {case['rollouts']} | {name} | {' | '.join(rates)} | {times} |")
+    said = [f"{case['distinct_rollouts']} of {case['rollouts'] * case['utterances']}" for case in record["cases"]]
+    rows += ["", f"Utterances a second. Rollouts that were distinct, by line of clips and K: {', '.join(said)}."]
+    where = "{torch_threads} threads, {processor}, teacher {teacher}".format_map(record)
+    rows.append(f"By `bench/opd.py`, student `tiny`, {where}: [{path.name}](../bench/results/{path.name}).")
+    return "\n".join(rows)
+
+
+def training_table() -> str:
+    """What bench/training.py measured last."""
+    if not list((ROOT / "bench" / "results").glob("*-training.json")):
+        return "Not measured yet."
+    path, record = latest("training")
+    rows = [
+        "| model | encoder | decoder | audio a second of training | an hour of speech, once | peak memory |",
+        "|---" * 6 + "|",
+    ]
+    for row in record["models"]:
+        cells = [row["model"], row["encoder"], row["decoder"], f"{row['audio_s_per_s']:.1f} s"]
+        cells += [f"{60 / row['audio_s_per_s']:.0f} min", f"{row['peak_mb_so_far'] / 1024:.1f} GB"]
+        rows.append(f"| {' | '.join(cells)} |")
+    where = "{cpus} cores ({processor}), updates of {batch_s:.0f} s".format_map(record)
+    flags = f" with `{' '.join(record['flags'])}`" if record["flags"] else ""
+    link = f"[{path.name}](../bench/results/{path.name})"
+    rows.append(f"\n`ark-asr train sft` on {where}{flags}, by `bench/training.py`: {link}.")
+    return "\n".join(rows)
+
+
+def opd_proof_tables() -> str:
+    """What runs/opd_proof.py made last of the runs of runs/opd-proof.sh."""
+    if not list((ROOT / "bench" / "results").glob("*-opd-proof.json")):
+        return "Not measured yet."
+    path, record = latest("opd-proof")
+    parts = (_proof_rates, _proof_comparisons, _proof_distances, _proof_costs)
+    where = "{cpus} cores ({processor})".format_map(record)
+    source = f"By `runs/opd_proof.py` on {where}: [{path.name}](../bench/results/{path.name})."
+    notes = [f"- {note}" for note in record["notes"]]
+    return "\n\n".join([*("\n".join(part(record)) for part in parts), *(["\n".join(notes)] if notes else []), source])
+
+
+def _proof_rates(record: dict[str, Any]) -> list[str]:
+    rows = [
+        "| students | arm | parameters | set | WER of each seed, % | s.d. | WER of all [95 %] | CER of all [95 %] |",
+        "|---" * 8 + "|",
+    ]
+    for row in record["rates"]:
+        wer, cer = row["wer"], row["cer"]
+        size = f"{row['parameters'] / 1e6:.2f} M" if row["parameters"] else "unknown"
+        seeds = ", ".join(f"{value:.2f}" for value in wer["seeds"].values())
+        spread = "" if wer["spread"] is None else f"{wer['spread']:.2f}"
+        together = ("{:.2f} [{:.2f}, {:.2f}]".format(rate["pooled"], *rate["interval"]) for rate in (wer, cer))
+        cells = [STUDENTS[row["group"]], row["arm"], size, row["set"], seeds, spread, *together]
+        rows.append(f"| {' | '.join(cells)} |")
+    notes = {f"{row['set']}: {row['wer']['note']}." for row in record["rates"] if row["wer"]["note"]}
+    return [*rows, *("", *sorted(notes))] if notes else rows
+
+
+def _proof_comparisons(record: dict[str, Any]) -> list[str]:
+    rows = [
+        "| students | set | seeds | arm | against | WER, points [95 %] | p | p after Holm | the arm is |",
+        "|---" * 9 + "|",
+    ]
+    for row in record["comparisons"]:
+        seeds = ", ".join(map(str, row["seeds"]))
+        difference = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format_map(row)
+        corrected = f"{row['p_holm']:.4f} (of {row['comparisons']})"
+        p = f"{row['p']:.4f}"
+        who = [STUDENTS[row["group"]], row["set"], seeds, row["first"], row["second"]]
+        rows.append(f"| {' | '.join([*who, difference, p, corrected, row['verdict']])} |")
+    return rows
+
+
+def _proof_distances(record: dict[str, Any]) -> list[str]:
+    names = ("kl", "vuss", "overlap", "jaccard", "teacher_mass", "student_mass", "student_entropy")
+    rows = [f"| students | arm | when | WER, % | {' | '.join(names).replace('_', ' ')} |", "|---" * 11 + "|"]
+    for row in record["learning"]:
+        for when, seen in row["seen"].items():
+            if "kl" in seen:
+                values = [f"{100 * seen['wer']:.2f}", *(f"{seen[name]:.4g}" for name in names)]
+                rows.append(f"| {' | '.join([STUDENTS[row['group']], row['arm'], when, *values])} |")
+    return rows
+
+
+def _proof_costs(record: dict[str, Any]) -> list[str]:
+    shares = {"distinct": "distinct", "empty": "empty", "fallback": "reference instead", "lost": "places lost"}
+    names = ("students", "arm", "an update", "ms an utterance: rollouts, teacher, student", "K", "tokens a rollout")
+    rows = [f"| {' | '.join([*names, *shares.values()])} |", "|---" * 10 + "|"]
+    for row in record["learning"]:
+        spoken, update_s = row["spoken"], row["update_s"]
+        cells = [STUDENTS[row["group"]], row["arm"], "" if update_s is None else f"{update_s:.2f} s"]
+        if spoken:
+            phases = ", ".join(f"{1000 * spoken[f'{phase}_s']:.0f}" for phase in ("rollout", "teacher", "student"))
+            cells += [phases, str(row["rollouts"]), f"{spoken['tokens']:.1f}"]
+            cells += [f"{100 * spoken[name]:.1f} %" for name in shares]
+        rows.append(f"| {' | '.join([*cells, *[''] * (10 - len(cells))])} |")
+    return rows
+
+
 def _counts(tally: dict[str, Any]) -> tuple[int, int, int]:
     return tally["statuses"]["200"], tally["num_lost"], tally["num_wrong"]
 
@@ -250,6 +363,9 @@ def main() -> None:
         "docs/cli.md": cli_page(),
         "README.md": filled("README.md", {"tiny": tiny_table()}),
         "docs/models.md": filled("docs/models.md", {"full-size": full_size_table()}),
+        "docs/training.md": filled(
+            "docs/training.md", {"opd-proof": opd_proof_tables(), "training-times": training_table()}
+        ),
         "docs/benchmarks.md": filled(
             "docs/benchmarks.md",
             {
@@ -258,6 +374,7 @@ def main() -> None:
                 "ideas": ideas_table(),
                 "serve": serve_table(),
                 "scoring": scoring_table(),
+                "opd": opd_table(),
             },
         ),
     }

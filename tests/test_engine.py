@@ -13,7 +13,7 @@ import arkasr
 from arkasr import audio, checkpoint, export, model
 from arkasr.audio import AudioSource, Waveform
 from arkasr.config import ModelConfig
-from arkasr.engines import DecodeOptions, Engine, Generation
+from arkasr.engines import DecodeOptions, Engine, Generation, pytorch
 from arkasr.engines.onnx import OnnxEngine
 from arkasr.engines.pytorch import PyTorchEngine
 from arkasr.errors import ArkASRError, AudioError, UsageError
@@ -301,6 +301,50 @@ def test_sampled_shares_match_the_probabilities(
     assert values == {round(math.log(0.7), 4), round(math.log(0.3), 4)}
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, 1), (0.69, 1), (0.75, 2), (0.9, 2), (0.97, 3), (1.0, 4)])
+def test_top_p_keeps_the_fewest_that_reach_it(
+    make_subject: MakeSubject, small: ModelConfig, top_p: float, kept: int
+) -> None:
+    """Of 0.7 : 0.25 : 0.04 : 0.01, and the shares among those kept are as before."""
+    shares = dict(zip((LETTER_A, LETTER_B, 67, 68), (0.7, 0.25, 0.04, 0.01), strict=True))
+    wanted = dict.fromkeys(range(small.vocab_size), -1e4) | {i: math.log(share) for i, share in shares.items()}
+    subject = make_subject(rigged(small, {None: wanted}))
+    options = [replace(UNGUARDED, temperature=1.0, top_p=top_p, seed=seed) for seed in range(6)]
+    said = [i for each in options for g in subject.engine.generate([noise(400_000)], each) for i in g.ids]
+    assert set(said) == set(list(shares)[:kept])
+    total = sum(list(shares.values())[:kept])
+    assert said.count(LETTER_A) / len(said) == pytest.approx(0.7 / total, abs=0.045)
+    assert {round(lp, 3) for g in subject.engine.generate([noise(4_000)], options[0]) for lp in g.logprobs} <= {
+        round(math.log(share), 3) for share in shares.values()
+    }
+
+
+def test_continuations_are_what_each_option_says_alone(small: ModelConfig, rules: TextRules) -> None:
+    """Encoded and prefilled once, whatever is done with it: greedy and sampled rows, long and short, side by side."""
+    network = random_network(replace(small, tied_embeddings=False), seed=45)
+    assert network.decoder.head is not None
+    with torch.no_grad():
+        network.decoder.head.weight.mul_(4)
+    engine = PyTorchEngine(network, rules)
+    options = [
+        [DecodeOptions(), DecodeOptions(temperature=1.0, seed=3), DecodeOptions(temperature=0.7, top_p=0.9, seed=4)],
+        [DecodeOptions(temperature=1.0, seed=5)],
+        [DecodeOptions(max_new_tokens=2), DecodeOptions(temperature=1.0, seed=3)],
+    ]
+    waveforms = clips()[:3]
+    mel, num_frames = pytorch.pad_mels(waveforms, network)
+    with torch.no_grad():
+        embeddings = network.encode(mel, num_frames)
+    together = engine.continuations(embeddings, [len(waveform) for waveform in waveforms], options)
+    alone = [
+        [engine.generate([waveform], each)[0] for each in those]
+        for waveform, those in zip(waveforms, options, strict=True)
+    ]
+    assert [[g.ids for g in those] for those in together] == [[g.ids for g in those] for those in alone]
+    assert len({g.ids for those in together for g in those}) == 6
+    assert [len(those) for those in together] == [3, 1, 2]
+
+
 # ---- options ----
 
 
@@ -326,6 +370,9 @@ def test_token_cap_grows_with_the_clip_up_to_the_limit() -> None:
         ({"temperature": 1e39}, "temperature"),
         ({"seed": 2**64}, "seed"),
         ({"seed": -1}, "seed"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
     ],
 )
 def test_options_refuse_bad_values(changes: dict[str, int | float], named: str) -> None:

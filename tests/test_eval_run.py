@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 
 from arkasr import audio, load_model, record
 from arkasr.audio import SAMPLE_RATE, Waveform
+from arkasr.endpoint import encode
 from arkasr.engines import DecodeOptions
 from arkasr.errors import ArkASRError, ModelNotFoundError, UsageError
 from arkasr.evaluate import manifest
 from arkasr.evaluate.datasets import Dataset, open_dataset
-from arkasr.evaluate.endpoint import EndpointSystem, Request, encode
+from arkasr.evaluate.endpoint import EndpointSystem, Request
 from arkasr.evaluate.hf import TransformersSystem
 from arkasr.evaluate.run import RunResult, clean_up, run
 from arkasr.evaluate.systems import Heard, OwnSystem

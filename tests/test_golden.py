@@ -351,8 +351,8 @@ def rotate_first_half_in_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.T
     return torch.cat((model.rotate_halves(x[..., :num_dims], cos, sin), x[..., num_dims:]), dim=-1)
 
 
-def step_in_one_place(rows: pytorch._Rows) -> torch.Tensor:
-    logits = _step(rows)
+def step_in_one_place(rows: pytorch._Rows, ids: torch.Tensor) -> torch.Tensor:
+    logits = _step(rows, ids)
     rows.positions = rows.positions - 1
     return logits
 

@@ -1,5 +1,6 @@
 """The command line. Promise: text on stdout, everything else on stderr; exit code 1 when any file failed."""
 
+import importlib
 import io
 import os
 import sys
@@ -42,22 +43,20 @@ from arkasr.results import (
 )
 from arkasr.transcribe import BATCH_SIZE, Transcriber, load_model
 
-EVAL = "eval"
+LATER = {"eval": "arkasr.cli_eval", "train": "arkasr.cli_train"}
 
 
 class _Commands(TyperGroup):
-    """The commands; what measures is imported when it is asked for, lest every short transcription wait for it."""
+    """The commands; what measures or trains is imported when it is asked for: no short transcription waits for it."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), EVAL]
+        return [*super().list_commands(ctx), *LATER]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name != EVAL:
+        if cmd_name not in LATER:
             return super().get_command(ctx, cmd_name)
-        from arkasr import cli_eval
-
-        command = typer.main.get_command(cli_eval.app)
-        command.name = EVAL
+        command = typer.main.get_command(importlib.import_module(LATER[cmd_name]).app)
+        command.name = cmd_name
         return command
 
 
@@ -70,9 +69,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-train_app = typer.Typer(help="Train a model.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(train_app, name="train")
-
 models_app = typer.Typer(help="Download, check and remove models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 
@@ -388,20 +384,6 @@ def serve_models(context: typer.Context) -> None:
             raise
         raise MissingExtraError(f"serve: {error.name} is not installed; pip install 'arkasr[serve]'") from None
     serve.serve(settings.read_settings(context.args))
-
-
-@train_app.command("sft", add_help_option=False, context_settings=PASSED_ON)
-def train_sft(context: typer.Context) -> None:
-    """Supervised fine-tuning over JSONL manifests; --help lists the flags."""
-    try:
-        from arkasr.train import loop, sft
-    except ImportError as error:
-        if error.name != "torch":
-            raise
-        raise MissingExtraError("train: PyTorch is not installed; pip install 'arkasr[train]'") from None
-    config = loop.parse_flags(sft.Config, context.args, program="ark-asr train sft", about=sft.__doc__ or "")
-    if config is not None:
-        sft.main(config)
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
 """Utterances and the JSONL manifests they come from, shared by evaluation and training.
 
 One JSON object a line. `audio` is a path relative to the manifest; `text` the transcript; `begin_time` and `end_time`
-(seconds) select a piece of the file; `units` are the space-separated targets of the auxiliary CTC head. An unknown
-field is an error, because a misspelt one would otherwise be lost without a word.
+(seconds) select a piece of the file; `units` are the space-separated targets of the auxiliary CTC head. Where a teacher
+wrote the text, `teacher` names it, `confidence` is its own, and `reference` is the text that stood there before. An
+unknown field is an error, because a misspelt one would otherwise be lost without a word.
 """
 
 import json
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from arkasr.errors import AudioError, UsageError, quoted
 FIELDS = {
     "audio", "text", "task", "begin_time", "end_time", "language", "duration", "id", "units",
     "source", "speaker", "license", "split", "sample_rate", "orig", "note", "segments",
+    "teacher", "confidence", "reference",
 }  # fmt: skip
 
 MAX_LINE_CHARS = 2**20
@@ -57,11 +59,32 @@ class Utterance:
         return piece
 
 
+@dataclass(frozen=True)
+class Record:
+    """A line of a manifest: all its fields, and its utterance, or why its audio has none."""
+
+    fields: Mapping[str, Any]
+    utterance: Utterance | AudioError
+
+
 def read_manifest(path: Path, *, split: str | None = None) -> Iterator[Utterance]:
     """Utterances of a JSONL manifest, in order; with `split`, only records of that split.
 
     Raises:
         UsageError: the file is missing, or a line is not a valid record; the line is named.
+        AudioError: the audio of a record cannot be read for its duration.
+    """
+    for record in read_records(path, split=split):
+        if isinstance(record.utterance, AudioError):
+            raise record.utterance
+        yield record.utterance
+
+
+def read_records(path: Path, *, split: str | None = None) -> Iterator[Record]:
+    """As `read_manifest`, with whatever else a line says; audio that cannot be read stops nothing.
+
+    Raises:
+        UsageError: as `read_manifest`.
     """
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -74,7 +97,11 @@ def read_manifest(path: Path, *, split: str | None = None) -> Iterator[Utterance
         if not isinstance(record, dict):
             raise UsageError(f"{place}: not a JSON object; one object a line")
         if split is None or record.get("split") == split:
-            yield _utterance(record, path.parent, place)
+            try:
+                utterance: Utterance | AudioError = _utterance(record, path.parent, place)
+            except AudioError as error:
+                utterance = error
+            yield Record(record, utterance)
 
 
 def _lines(path: Path) -> Iterator[str]:

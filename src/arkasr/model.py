@@ -153,6 +153,10 @@ class KVCache:
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.capacity = capacity
 
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows, [n], in their order; one named twice is copied."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+
     def put(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, kv heads, T, D] at positions [B, T]; returns all keys and values of the layer."""
         index = positions[:, None, :, None].expand_as(k)
@@ -229,15 +233,14 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, H] of embeddings x [B, T, H] at positions [B, T].
 
-        Without a cache the rows are right-padded and attention is causal. With one, keys of earlier calls take part:
-        a row attends to every cached position up to its own.
+        Without a cache the rows are right-padded and attention is causal, or as `mask` [B, 1, T, T] says. With a cache,
+        keys of earlier calls take part: a row attends to every cached position up to its own.
         """
         cos, sin = rope_angles(positions, self.head_dim, self.rope_theta)
         rope = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # [B, 1, T, D/2]
-        mask = None
         if cache is not None:
             keys = torch.arange(cache.capacity, device=x.device)
             mask = keys <= positions[:, None, :, None]  # [B, 1, T, capacity]

@@ -8,6 +8,8 @@ weights stop at once. Every id is looked up by its string, so a checkpoint with 
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,11 @@ PRE_TOKENIZER = (
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(byte): byte for byte in _PRINTABLE}
 _BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))}
+
+
+def bytes_of(token: str) -> bytes | None:
+    """The bytes that an ordinary token of byte-level BPE stands for; None where a character is not of its alphabet."""
+    return bytes(_BYTES[character] for character in token) if _BYTES.keys() >= set(token) else None
 
 
 class TextRules:
@@ -90,12 +97,21 @@ class TextRules:
             text = text.split(token, 1)[0]
         return " ".join(text.split()).lstrip(LEADING_JUNK)
 
+    def same_tokens(self, other: "TextRules") -> bool:
+        """Whether every id that may be emitted, the prompt and the stop ids are the other's; the padding may differ."""
+        theirs = other._tokenizer  # noqa: SLF001 - of the same class
+        return (
+            self._tokenizer.get_vocab(with_added_tokens=True) == theirs.get_vocab(with_added_tokens=True)
+            and self.prompt_ids(1) == other.prompt_ids(1)
+            and self.stop_ids == other.stop_ids
+            and np.flatnonzero(self.allowed_ids).tolist() == np.flatnonzero(other.allowed_ids).tolist()
+        )
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for; only several together need be UTF-8."""
         token = self._tokenizer.id_to_token(token_id) or ""
-        if all(character in _BYTES for character in token):
-            return bytes(_BYTES[character] for character in token)
-        return token.encode()  # an added token, which is spelled as it is
+        data = bytes_of(token)
+        return token.encode() if data is None else data  # an added token is spelled as it is
 
     def _check(self, vocab: dict[str, int], place: str) -> None:
         """Refuse ids that would index outside the embeddings or the audio, and tokens that would fill the memory."""
@@ -142,19 +158,31 @@ def load(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...], audio
         path = folder / "vocab.json"
     if not path.exists():
         raise ModelNotFoundError(f"{folder}: neither {files.TOKENIZER} nor vocab.json; fetch the tokenizer's files")
-    files.check(path)
-    try:
+    with told_of(path):
         tokenizer = _from_tokenizer(path) if path.name == files.TOKENIZER else _from_vocab(folder)
-    except ArkASRError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for every damaged file
-        raise CheckpointMismatchError(f"{path}: not a tokenizer ({quoted(str(error))}); fetch the file again") from None
     rules = TextRules(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids, place=str(path))
     if rules.audio_id != audio_token_id:
         raise CheckpointMismatchError(
             f"{path}: {AUDIO} has id {rules.audio_id}, config.json says audio_token_id {audio_token_id}"
         )
     return rules
+
+
+@contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Reads a tokenizer's file: what is wrong with it becomes a line that names it.
+
+    Raises:
+        ModelNotFoundError: not there.
+        CheckpointMismatchError: damaged.
+    """
+    files.check(path)
+    try:
+        yield
+    except ArkASRError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for every damaged file
+        raise CheckpointMismatchError(f"{path}: not a tokenizer ({quoted(str(error))}); fetch the file again") from None
 
 
 def _from_tokenizer(path: Path) -> Tokenizer:

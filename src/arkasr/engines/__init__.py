@@ -34,14 +34,16 @@ class DecodeOptions:
     Attributes:
         max_new_tokens: upper bound of generated tokens a clip; a lower one follows from its duration.
         temperature: 0 is greedy; above it tokens are sampled.
-        guard: whether a clip whose tokens run in a loop is ended.
         seed: of the sampling; the same seed gives the same text.
+        guard: whether a clip whose tokens run in a loop is ended.
+        top_p: sampled are only the likeliest tokens that together reach this probability (arXiv 1904.09751).
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
     temperature: float = 0.0
     seed: int = 0
     guard: bool = True
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -50,6 +52,8 @@ class DecodeOptions:
             raise UsageError(
                 f"temperature is {self.temperature}; give 0 (greedy) or {MIN_TEMPERATURE}..{MAX_TEMPERATURE}"
             )
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; give a share above 0 and up to 1")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}; give 0..2^63-1")
 

@@ -243,6 +243,10 @@ class _Batch:
         logits = self._answers[2][place].astype(np.float64)
         logprobs = logits - (logits[token] - logprob)
         probs = np.exp((logprobs - logprob) / options.temperature)
+        if options.top_p < 1:
+            falling = np.sort(probs)[::-1]
+            reached = np.searchsorted(np.cumsum(falling), options.top_p * falling.sum())
+            probs[probs < falling[min(reached, len(falling) - 1)]] = 0
         drawn = int(np.searchsorted(np.cumsum(probs / probs.sum()), row.generator.random(), side="right"))
         drawn = min(drawn, int(np.flatnonzero(probs)[-1]))
         return drawn, float(logprobs[drawn])

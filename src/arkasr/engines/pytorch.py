@@ -7,7 +7,7 @@ its own position in the KV cache, so no left padding shifts anybody's positions.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -59,11 +59,10 @@ class PyTorchEngine:
         mel_done = _now(device)
         embeddings = self.network.encode(mel, num_frames)
         encoded = _now(device)
-        rows = _Rows(self, waveforms, options)
+        rows = _Rows(self, [len(waveform) for waveform in waveforms], [[options]] * len(waveforms))
         logits = rows.prefill(embeddings)
         prefilled = _now(device)
-        while rows.take(logits):
-            logits = rows.step()
+        rows.run(logits)
         done = _now(device)
         timings_s = {
             "log_mel": mel_done - started,
@@ -71,7 +70,24 @@ class PyTorchEngine:
             "prefill": prefilled - encoded,
             "decode": done - prefilled,
         }
-        return rows.generations({stage: seconds / len(waveforms) for stage, seconds in timings_s.items()})
+        return [said for (said,) in rows.generations({k: seconds / len(waveforms) for k, seconds in timings_s.items()})]
+
+    @torch.inference_mode()
+    def continuations(
+        self, embeddings: Tensor, num_samples: Sequence[int], options: Sequence[Sequence[DecodeOptions]]
+    ) -> list[list[Generation]]:
+        """What clips say that were encoded before, once for each of their options.
+
+        A clip's audio is encoded and its prompt run once, however many options it has.
+
+        Args:
+            embeddings: of the audio, [B, A, H], as `ArkASR.encode` gives them.
+            num_samples: lengths of the clips at 16 kHz.
+            options: of every clip.
+        """
+        rows = _Rows(self, num_samples, options)
+        rows.run(rows.prefill(embeddings))
+        return rows.generations({})
 
 
 def has_cuda() -> bool:
@@ -104,67 +120,92 @@ def stack_mels(mels: Sequence[npt.NDArray[np.float32]]) -> tuple[Tensor, Tensor]
 
 @dataclass
 class _Row:
-    """One clip while it is decoded."""
+    """One text while it is decoded."""
 
     num_samples: int
-    ids: list[int]
-    logprobs: list[float]
+    options: DecodeOptions
+    random: np.random.Generator
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     stop_logprob: float | None = None
     done: bool = False
 
 
 class _Rows:
-    """The decode state of a batch: KV cache, positions, and what each row has said."""
+    """The decode state of a batch: KV cache, positions, and what each row has said.
 
-    def __init__(self, engine: PyTorchEngine, waveforms: Sequence[Waveform], options: DecodeOptions) -> None:
-        self.network, self.rules, self.options = engine.network, engine.rules, options
+    Unusual: a row has its own random numbers, so that a sampled text does not depend on its neighbours; and rows that
+    are done leave the batch when half of it is.
+    """
+
+    def __init__(
+        self, engine: PyTorchEngine, num_samples: Sequence[int], options: Sequence[Sequence[DecodeOptions]]
+    ) -> None:
+        """Of clips, each decoded once for each of its options."""
+        self.network, self.rules = engine.network, engine.rules
         self.device = engine.network.decoder.embed.weight.device
         self.forbidden = torch.from_numpy(~engine.rules.allowed_ids).to(self.device)
-        # One a row, so that a sampled text does not depend on the neighbours either.
-        self.generators = [torch.Generator(device=self.device).manual_seed(options.seed) for _ in waveforms]
-        self.rows = [_Row(len(waveform), [], []) for waveform in waveforms]
+        self.clips = [
+            [_Row(length, each, np.random.default_rng(each.seed)) for each in those]
+            for length, those in zip(num_samples, options, strict=True)
+        ]
         merge = engine.network.config.merge_factor
-        self.prompts = [engine.rules.prompt_ids(audio.num_audio_tokens(len(waveform), merge)) for waveform in waveforms]
-        self.positions = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
-        self.next_ids = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
-        self.cache: KVCache | None = None
+        self.prompts = [engine.rules.prompt_ids(audio.num_audio_tokens(length, merge)) for length in num_samples]
+        self.live = [row for rows in self.clips for row in rows]  # those in the batch, in its order
 
     def prefill(self, embeddings: Tensor) -> Tensor:
         """Logits [B, V] after each row's prompt."""
         longest = max(len(prompt) for prompt in self.prompts)
         padding = self.rules.stop_ids[0]
         ids = torch.tensor([p + [padding] * (longest - len(p)) for p in self.prompts], device=self.device)
-        capacity = longest + max(self.options.token_cap(row.num_samples) for row in self.rows)
+        capacity = longest + max(row.options.token_cap(row.num_samples) for row in self.live)
         x = self.network.embed(ids, embeddings)
         self.cache = KVCache(self.network.config, len(ids), capacity, x)
         positions = torch.arange(longest, device=self.device).expand_as(ids)
         hidden = self.network.decoder(x, positions, self.cache)
+        self.positions = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
         last = hidden[torch.arange(len(ids), device=self.device), self.positions - 1]
-        return self.network.decoder.logits(last)
+        clips = torch.tensor([clip for clip, rows in enumerate(self.clips) for _ in rows], device=self.device)
+        if len(clips) != len(ids):
+            self._select(clips)
+        return self.network.decoder.logits(last)[clips]
 
-    def step(self) -> Tensor:
-        """Logits [B, V] after one more token a row; finished rows are carried along."""
-        x = self.network.decoder.embed(self.next_ids[:, None])
-        hidden = self.network.decoder(x, self.positions[:, None], self.cache)
+    def run(self, logits: Tensor) -> None:
+        """Decode until every row is done, from the logits [B, V] after the prompts."""
+        while True:
+            chosen = self._take(logits)
+            alive = [place for place, row in enumerate(self.live) if not row.done]
+            if not alive:
+                return
+            if 2 * len(alive) <= len(self.live):
+                kept = torch.tensor(alive, device=self.device)
+                self.live = [self.live[place] for place in alive]
+                self._select(kept)
+                chosen = chosen[kept]
+            logits = self.step(chosen)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Logits [B, V] after one more token of every row, ids [B]."""
+        hidden = self.network.decoder(self.network.decoder.embed(ids[:, None]), self.positions[:, None], self.cache)
         self.positions = self.positions + 1
         return self.network.decoder.logits(hidden[:, 0])
 
-    def take(self, logits: Tensor) -> bool:
-        """Choose a token for every row; False when all rows are done."""
+    def _select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+        self.positions = self.positions[rows]
+
+    def _take(self, logits: Tensor) -> Tensor:
+        """Choose a token [B] for every row; rows that are done are carried along."""
         logprobs = logits.float().masked_fill(self.forbidden, -torch.inf).log_softmax(dim=-1)
-        if self.options.temperature == 0:
-            chosen = logprobs.argmax(dim=-1)
-        else:
-            probs = (logprobs / self.options.temperature).softmax(dim=-1)
-            draws = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, self.generators, strict=True)]
-            chosen = torch.cat(draws)
-        self.next_ids = chosen
+        chosen = logprobs.argmax(dim=-1)
+        if any(row.options.temperature for row in self.live):
+            chosen = self._drawn(logprobs, chosen)
         chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
         if not all(map(math.isfinite, chosen_logprobs)):
             raise CheckpointMismatchError(
                 "the network's output is not finite: damaged weights, or too large for float16; use --dtype float32"
             )
-        for row, token_id, logprob in zip(self.rows, chosen.tolist(), chosen_logprobs, strict=True):
+        for row, token_id, logprob in zip(self.live, chosen.tolist(), chosen_logprobs, strict=True):
             if row.done:
                 continue
             if token_id in self.rules.stop_ids:
@@ -172,9 +213,31 @@ class _Rows:
                 continue
             row.ids.append(token_id)
             row.logprobs.append(logprob)
-            row.done = self.options.is_over(row.ids, row.num_samples)
-        return not all(row.done for row in self.rows)
+            row.done = row.options.is_over(row.ids, row.num_samples)
+        return chosen
 
-    def generations(self, timings_s: dict[str, float]) -> list[Generation]:
-        """What each row said."""
-        return [Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, timings_s) for row in self.rows]
+    def _drawn(self, logprobs: Tensor, greedy: Tensor) -> Tensor:
+        """Tokens [B] drawn by inverse transform from logprobs [B, V]; the greedy ones [B] where that is asked."""
+        temperatures = torch.tensor([row.options.temperature or 1.0 for row in self.live], dtype=torch.float64)
+        best = logprobs.max(dim=-1, keepdim=True).values
+        probs = ((logprobs - best).double() / temperatures.to(self.device)[:, None]).exp()
+        top_p = torch.tensor([row.options.top_p for row in self.live], dtype=torch.float64, device=self.device)
+        if bool((top_p < 1).any()):
+            falling = probs.sort(dim=-1, descending=True).values
+            reached = falling.cumsum(dim=-1)
+            last = torch.searchsorted(reached, (top_p * reached[:, -1])[:, None]).clamp(max=probs.shape[-1] - 1)
+            probs = torch.where(probs < falling.gather(1, last), 0.0, probs)
+        reached = probs.cumsum(dim=-1)
+        uniform = torch.tensor([row.random.random() for row in self.live], dtype=torch.float64, device=self.device)
+        drawn = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
+        possible = torch.arange(probs.shape[-1], device=self.device).expand_as(probs).masked_fill(probs == 0, 0)
+        drawn = torch.minimum(drawn, possible.amax(dim=-1))  # a draw of almost 1 may round to 1
+        sampled = torch.tensor([row.options.temperature > 0 for row in self.live], device=self.device)
+        return torch.where(sampled, drawn, greedy)
+
+    def generations(self, timings_s: dict[str, float]) -> list[list[Generation]]:
+        """What each clip says, for each of its options."""
+        return [
+            [Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, timings_s) for row in rows]
+            for rows in self.clips
+        ]

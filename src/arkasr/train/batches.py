@@ -1,11 +1,15 @@
 """Utterances to padded tensors and label masks, in duration buckets, with augmentation.
 
 Unusual: what a batch holds depends only on (seed, epoch, utterance), never on a worker's or an earlier batch's state,
-so that a resumed run sees exactly the batches of an undisturbed one.
+so that a resumed run sees exactly the batches of an undisturbed one. An update's utterances are chosen for all ranks
+and micro-batches together, then dealt out: their number changes nothing else.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +22,39 @@ from arkasr import audio
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import MAX_CLIP_S
-from arkasr.data import Utterance
+from arkasr.data import Utterance, read_manifest
 from arkasr.engines.pytorch import stack_mels
-from arkasr.errors import ArkASRError, AudioError
+from arkasr.errors import ArkASRError, AudioError, UsageError
+from arkasr.model import ArkASR
 from arkasr.text import TextRules
+from arkasr.train import losses
 from arkasr.train.losses import IGNORE
 
-Key = tuple[int, int]  # epoch, index of the utterance
-Example = tuple[npt.NDArray[np.float32], list[int], list[int], list[int]]  # log-mel, prompt, target, CTC ids
+
+class Key(NamedTuple):
+    """An utterance of the stream: epoch and index; `live` unless it only stands in where a piece has none."""
+
+    epoch: int
+    utterance: int
+    live: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One utterance, augmented.
+
+    Attributes:
+        waveform, mel: [samples] and [M, F].
+        num_audio_tokens: `<|audio|>` places in the prompt.
+        prompt, target, units: ids.
+    """
+
+    waveform: Waveform
+    mel: npt.NDArray[np.float32]
+    num_audio_tokens: int
+    prompt: list[int]
+    target: list[int]
+    units: list[int]
 
 
 @dataclass(frozen=True)
@@ -117,6 +146,9 @@ class Batch:
         mel, num_frames: [B, M, F] and [B].
         ids, labels: prompt and target ids [B, T]; labels [B, T] hold the next id where it is a target, else IGNORE.
         units, num_units: CTC targets [B, L] and [B].
+        num_audio_tokens: `<|audio|>` places of each prompt.
+        keys: epoch and index of each utterance; empty for a stand-in, of which nothing may be trained.
+        waveforms: what the mels were made of, [samples] each.
     """
 
     mel: Tensor
@@ -125,10 +157,30 @@ class Batch:
     labels: Tensor
     units: Tensor
     num_units: Tensor
+    num_audio_tokens: tuple[int, ...] = ()
+    keys: tuple[Key, ...] = ()
+    waveforms: tuple[Waveform, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        """The same batch on a device; its waveforms stay."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def cross_entropy_sum(self, network: ArkASR, embeddings: Tensor) -> Tensor:
+        """Summed negative log-likelihood of the targets after the audio's embeddings [B, A, H]."""
+        x = network.embed(self.ids, embeddings)
+        hidden = network.decoder(x, torch.arange(self.ids.shape[1], device=x.device).expand_as(self.ids))
+        trained = self.labels != IGNORE
+        return losses.cross_entropy_sum(network.decoder.logits(hidden[trained])[None], self.labels[trained][None])
+
+    def without_targets(self) -> "Batch":
+        """The same audio with nothing to train: what a rank computes that must take part but has no utterance."""
+        return replace(
+            self, labels=torch.full_like(self.labels, IGNORE), units=torch.zeros_like(self.units[:, :1]),
+            num_units=torch.zeros_like(self.num_units), keys=(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,23 +215,50 @@ class Collator:
             samples = clean
         samples = np.pad(samples, (0, max(0, audio.HOP_SAMPLES - len(samples))))
         mel = augmentation.mel(audio.log_mel(samples, self.num_mels), rng)
-        prompt = self.rules.prompt_ids(audio.num_audio_tokens(len(samples), self.merge_factor))
-        return mel, prompt, self.rules.target_ids(utterance.text), [self.unit_ids[u] for u in ctc_units(utterance)]
+        num_audio_tokens = audio.num_audio_tokens(len(samples), self.merge_factor)
+        prompt = self.rules.prompt_ids(num_audio_tokens)
+        units = [self.unit_ids[unit] for unit in ctc_units(utterance)] if self.unit_ids else []
+        return Example(samples, mel, num_audio_tokens, prompt, self.rules.target_ids(utterance.text), units)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad to the longest of the batch, on the right."""
         rows = len(examples)
-        mels, num_frames = stack_mels([mel for mel, *_ in examples])
-        lengths = [len(prompt) + len(target) for _, prompt, target, _ in examples]
-        num_units = torch.tensor([len(units) for *_, units in examples])
+        mels, num_frames = stack_mels([example.mel for example in examples])
+        lengths = [len(example.prompt) + len(example.target) for example in examples]
+        num_units = torch.tensor([len(example.units) for example in examples])
         ids = torch.full((rows, max(lengths)), self.rules.stop_ids[0])
         labels = torch.full((rows, max(lengths)), IGNORE)
-        all_units = torch.zeros(rows, max(int(num_units.max()), 1), dtype=torch.long)
-        for row, (_, prompt, target, units) in enumerate(examples):
-            ids[row, : lengths[row]] = torch.tensor(prompt + target)
-            labels[row, len(prompt) - 1 : lengths[row] - 1] = torch.tensor(target)
-            all_units[row, : len(units)] = torch.tensor(units, dtype=torch.long)
-        return Batch(mels, num_frames, ids, labels, all_units, num_units)
+        units = torch.zeros(rows, max(int(num_units.max()), 1), dtype=torch.long)
+        for row, example in enumerate(examples):
+            ids[row, : lengths[row]] = torch.tensor(example.prompt + example.target)
+            labels[row, len(example.prompt) - 1 : lengths[row] - 1] = torch.tensor(example.target)
+            units[row, : len(example.units)] = torch.tensor(example.units, dtype=torch.long)
+        num_audio_tokens = tuple(example.num_audio_tokens for example in examples)
+        return Batch(mels, num_frames, ids, labels, units, num_units, num_audio_tokens)
+
+
+def read(names: Sequence[str], *, min_s: float, max_s: float, wordless: bool = False) -> list[Utterance]:
+    """The utterances of manifests that can be trained on; what is left out is told on standard error.
+
+    Those without text are among them where `wordless` says so.
+
+    Raises:
+        UsageError: a manifest is bad, or nothing is left to train on.
+    """
+    utterances = [utterance for name in names for utterance in manifest(name)]
+    kept = [u for u in utterances if min_s <= u.duration_s <= max_s and (u.text or wordless)]
+    if not kept:
+        raise UsageError(f"{', '.join(names)}: no utterance to train on; check split and durations")
+    why = "duration" if wordless else "duration or empty text"
+    print(f"{len(kept)} utterances, {sum(u.duration_s for u in kept) / 60:.1f} min; "
+          f"{len(utterances) - len(kept)} left out by {why}", file=sys.stderr)  # fmt: skip
+    return kept
+
+
+def manifest(name: str) -> Iterator[Utterance]:
+    """Utterances of PATH or PATH:SPLIT."""
+    path, _, split = name.partition(":")
+    return read_manifest(Path(path), split=split or None)
 
 
 def ctc_units(utterance: Utterance) -> Sequence[str]:
@@ -204,7 +283,10 @@ def buckets(durations_s: Sequence[float], *, batch_s: float, seed: int, epoch: i
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class _Examples(Dataset[Example | ArkASRError]):
+Made = tuple[Key, Example | ArkASRError]
+
+
+class _Examples(Dataset[Made]):
     """Examples by key. An error is returned, not raised, because a worker's traceback is no one-line message."""
 
     def __init__(
@@ -212,32 +294,58 @@ class _Examples(Dataset[Example | ArkASRError]):
     ) -> None:
         self.utterances, self.collator, self.augmentation, self.seed = utterances, collator, augmentation, seed
 
-    def __getitem__(self, key: Key) -> Example | ArkASRError:
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+    def __getitem__(self, key: Key) -> Made:
+        rng = np.random.default_rng((self.seed, key.epoch, key.utterance))
         try:
-            return self.collator.example(self.utterances[index], self.augmentation, rng)
+            return key, self.collator.example(self.utterances[key.utterance], self.augmentation, rng)
         except ArkASRError as error:
-            return error
+            return key, error
 
-    def collate(self, examples: Sequence[Example | ArkASRError]) -> Batch | ArkASRError:
-        good = [example for example in examples if not isinstance(example, ArkASRError)]
-        errors = [example for example in examples if isinstance(example, ArkASRError)]
-        return errors[0] if errors else self.collator.collate(good)
+    def collate(self, made: Sequence[Made]) -> Batch | ArkASRError:
+        examples = []
+        for _, example in made:
+            if isinstance(example, ArkASRError):
+                return example
+            examples.append(example)
+        keys, waveforms = tuple(key for key, _ in made), tuple(example.waveform for example in examples)
+        batch = replace(self.collator.collate(examples), keys=keys, waveforms=waveforms)
+        return batch if keys[0].live else batch.without_targets()
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """Which parts of every update's utterances are made here: `count` from `first` on, among `of`."""
+
+    first: int = 0
+    count: int = 1
+    of: int = 1
+
+    def deal(self, batch: Sequence[int], epoch: int) -> Iterator[list[Key]]:
+        """Keys of each of our pieces; a piece without utterances gets the update's first as a stand-in."""
+        for piece in range(self.first, self.first + self.count):
+            dealt = batch[piece :: self.of]
+            yield [Key(epoch, index, live=True) for index in dealt] or [Key(epoch, batch[0], live=False)]
+
+
+WHOLE = Pieces()
+
+
+@dataclass(frozen=True)
 class _Keys:
-    """The endless order of batches, from a given one on."""
+    """The endless order of pieces, from a given update on."""
 
-    def __init__(self, durations_s: Sequence[float], *, batch_s: float, seed: int, start: int) -> None:
-        self.durations_s, self.batch_s, self.seed, self.start = durations_s, batch_s, seed, start
+    durations_s: Sequence[float]
+    batch_s: float
+    seed: int
+    start: int
+    pieces: Pieces
 
     def __iter__(self) -> Iterator[list[Key]]:
         skip, epoch = self.start, 0
         while True:
             batches = buckets(self.durations_s, batch_s=self.batch_s, seed=self.seed, epoch=epoch)
             for batch in batches[skip:]:
-                yield [(epoch, index) for index in batch]
+                yield from self.pieces.deal(batch, epoch)
             skip = max(0, skip - len(batches))
             epoch += 1
 
@@ -251,8 +359,9 @@ def stream(
     seed: int,
     start: int,
     workers: int,
+    pieces: Pieces = WHOLE,
 ) -> Iterator[Batch]:
-    """Endless batches of the training data, from batch number `start` on, made by `workers` processes.
+    """Endless `pieces.count` batches an update, from update number `start` on, made by `workers` processes.
 
     Raises:
         AudioError: an utterance cannot be read.
@@ -261,7 +370,7 @@ def stream(
     durations_s = [utterance.duration_s for utterance in utterances]
     loader = DataLoader(
         examples,
-        batch_sampler=_Keys(durations_s, batch_s=batch_s, seed=seed, start=start),
+        batch_sampler=_Keys(durations_s, batch_s, seed, start, pieces),
         collate_fn=examples.collate,
         num_workers=workers,
     )
