@@ -230,7 +230,7 @@ def comparisons(heard: Heard) -> list[Facts]:
             for name in heard.sets(first):
                 if seeds := heard.shared(first, second, name):
                     lists[group, name, False].append(Pair(first, second, seeds, name))
-                    if group == "tiny":
+                    if group == "tiny" and len(seeds) > 1:
                         lists[group, name, True] += [Pair(first, second, (seed,), name) for seed in seeds]
     return [row for key, asked in lists.items() for row in compared(heard, asked, alone=key[2])]
 
