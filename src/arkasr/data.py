@@ -67,6 +67,12 @@ class Record:
     utterance: Utterance | AudioError
 
 
+def path_and_split(name: str) -> tuple[Path, str | None]:
+    """Of a manifest that is named PATH or PATH:SPLIT."""
+    path, _, split = name.partition(":")
+    return Path(path), split or None
+
+
 def read_manifest(path: Path, *, split: str | None = None) -> Iterator[Utterance]:
     """Utterances of a JSONL manifest, in order; with `split`, only records of that split.
 

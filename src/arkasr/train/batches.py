@@ -8,7 +8,6 @@ and micro-batches together, then dealt out: their number changes nothing else.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from arkasr import audio
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.checkpoint import Checkpoint
 from arkasr.config import MAX_CLIP_S
-from arkasr.data import Utterance, read_manifest
+from arkasr.data import Utterance, path_and_split, read_manifest
 from arkasr.engines.pytorch import stack_mels
 from arkasr.errors import ArkASRError, AudioError, UsageError
 from arkasr.model import ArkASR
@@ -257,8 +256,8 @@ def read(names: Sequence[str], *, min_s: float, max_s: float, wordless: bool = F
 
 def manifest(name: str) -> Iterator[Utterance]:
     """Utterances of PATH or PATH:SPLIT."""
-    path, _, split = name.partition(":")
-    return read_manifest(Path(path), split=split or None)
+    path, split = path_and_split(name)
+    return read_manifest(path, split=split)
 
 
 def ctc_units(utterance: Utterance) -> Sequence[str]:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 import arkasr
 from arkasr import files, guards, metrics
-from arkasr.data import Record, Utterance, read_records
+from arkasr.data import Record, Utterance, path_and_split, read_records
 from arkasr.engines import Dtype
 from arkasr.errors import AudioError, UsageError
 from arkasr.results import SPACELESS
@@ -90,7 +90,7 @@ class Config:
             raise UsageError(f"second: {self.second} would agree with itself; name another teacher")
         if self.out.suffix != ".jsonl":
             raise UsageError(f"{self.out}: labels are a manifest; call it NAME.jsonl")
-        if any(self.out.resolve() == _path_and_split(name)[0].resolve() for name in self.train):
+        if any(self.out.resolve() == path_and_split(name)[0].resolve() for name in self.train):
             raise UsageError(f"{self.out}: is a manifest to be read; give another --out")
 
 
@@ -119,13 +119,8 @@ def _teacher(name: str, config: Config) -> Teacher:
     return load_teacher(name, device=config.device, dtype=config.dtype, batch=config.batch, parallel=config.parallel)
 
 
-def _path_and_split(name: str) -> tuple[Path, str | None]:
-    path, _, split = name.partition(":")
-    return Path(path), split or None
-
-
 def _records(name: str) -> Iterator[Record]:
-    path, split = _path_and_split(name)
+    path, split = path_and_split(name)
     return read_records(path, split=split)
 
 
