@@ -19,7 +19,7 @@ KEYS = tuple(f"ark-asr keys{action}" for action in ("", " create", " list", " re
 EVALUATION = tuple(f"ark-asr eval{action}" for action in ("", " run", " robust", " score", " compare", " report"))
 SERVER = ("ark-asr serve", *KEYS, "ark-asr usage")
 COMMANDS = (
-    "ark-asr", "ark-asr transcribe", "ark-asr export", *MODELS, *SERVER, *EVALUATION, "ark-asr train",
+    "ark-asr", "ark-asr transcribe", "ark-asr batch", "ark-asr export", *MODELS, *SERVER, *EVALUATION, "ark-asr train",
     "ark-asr train sft",
 )  # fmt: skip
 SET_NAMES = {

@@ -7,14 +7,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 
 START_S = 60.0
+BACK_END_KEY = "TEST_BACK_END_KEY"
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ def create_key(state: Path, name: str, *arguments: object) -> str:
 
 
 @contextmanager
-def serve(state: Path, *arguments: object, model: str = "tiny", **environment: str) -> Iterator[Server]:
-    """A server that is ready, and is stopped as a service manager would."""
-    port = free_port()
+def serve(
+    state: Path, *arguments: object, model: str = "tiny", port: int | None = None, **environment: str
+) -> Iterator[Server]:
+    """A server that is ready, and is stopped as a service manager would; at any free port if none is given."""
+    port = port or free_port()
     state.mkdir(parents=True, exist_ok=True)
     log = state / "log.txt"
     command = [Path(sys.executable).with_name("ark-asr"), "serve", "--model", model, "--port", port, "--state", state]
@@ -75,6 +78,14 @@ def serve(state: Path, *arguments: object, model: str = "tiny", **environment: s
                 raise
 
 
+def serve_front(
+    state: Path, back_end: str, *arguments: object, key: str = "any", model: str = "tiny"
+) -> AbstractContextManager[Server]:
+    """A server whose models are at an endpoint, http://HOST:PORT/v1."""
+    flags = ["--engine", "openai", "--base-url", back_end, "--api-key-env", BACK_END_KEY]
+    return serve(state, *flags, *arguments, model=model, port=None, **{BACK_END_KEY: key})
+
+
 def _wait(server: Server) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
@@ -88,10 +99,10 @@ def _wait(server: Server) -> None:
     raise AssertionError(f"the server did not start: {server.log.read_text()}")
 
 
-def metric(server: Server, name: str, **labels: str) -> float:
+def metric(server: Server, name: str, *, headers: Mapping[str, str] | None = None, **labels: str) -> float:
     """The sum of a metric's samples that have these labels."""
     total = 0.0
-    for line in httpx2.get(f"{server.url}/metrics").text.splitlines():
+    for line in httpx2.get(f"{server.url}/metrics", headers=headers).raise_for_status().text.splitlines():
         found = re.fullmatch(rf"{name}(?:\{{(.*)\}})? ([^ ]+)", line)
         if found and all(f'{label}="{value}"' in (found[1] or "") for label, value in labels.items()):
             total += float(found[2])

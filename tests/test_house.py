@@ -24,7 +24,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
         ("edit distance", r"Levenshtein", "align.py"),
         ("cross-entropy", r"F\.cross_entropy", "losses.py"),
         ("renaming", r"\.part\"", "files.py"),
-        ("names of published files", r"generation_config", "files.py"),
+        ("names of published files", r'"generation_config\.json"', "files.py"),
         ("hub ids", r"AutoArk-AI/", "pins.py"),
         ("the runtime, without its telemetry", r"\bimport onnxruntime|\bfrom onnxruntime", "runtime.py"),
     ],

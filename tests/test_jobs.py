@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -463,6 +462,8 @@ def test_columns_in_columns_out(tiny: Transcriber) -> None:
     assert out["error"].tolist() == ["", "absent.wav: no such file; check the path", "", ""]
     assert out["sound"] is batch["sound"]
     assert worker({"sound": np.array([str(CLIP)])})["text"].tolist() == [expected.text]
+    both = column({"bytes": content, "path": "absent.wav"}, {"bytes": None, "path": str(CLIP)})  # as data sets have it
+    assert worker({"sound": both})["text"].tolist() == [expected.text] * 2
 
 
 def test_no_rows_have_the_same_columns() -> None:
@@ -484,11 +485,6 @@ def test_a_worker_is_pickled_before_and_after_its_first_call() -> None:
     assert [*texts, again(batch)["text"].tolist()] == [["RUBOUT G M E F THREE NINE"]] * 3
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
-@pytest.mark.timeout(200)
-def test_ray() -> None:
-    program = ROOT / "examples" / "ray_batch.py"
-    names = [str(CLIP), "/absent.wav", str(CLIP)]
-    done = subprocess.run([sys.executable, program, *names], capture_output=True, text=True, check=True)
-    words = "RUBOUT G M E F THREE NINE"
-    assert done.stdout.splitlines() == [words, "/absent.wav: no such file; check the path", words]
+def test_a_worker_runs_the_engine_it_is_told() -> None:
+    with pytest.raises(UsageError, match="engine 'strange'"):
+        BatchTranscriber("tiny", engine="strange")({"audio": column(str(CLIP))})  # type: ignore[arg-type]

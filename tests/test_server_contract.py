@@ -1,6 +1,7 @@
 """`ark-asr serve` through the clients that people have: OpenAI's SDK, curl, a fuzzer of its schema, and broken sockets.
 
 The SDK builds its objects without looking, so every answer is also validated strictly against the SDK's own types.
+All of it holds for a server alone, for one before another of ours (`-m slow`), and before vLLM (`-m vllm`).
 """
 
 import asyncio
@@ -16,9 +17,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +35,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from openai.types import ErrorObject, Model
 from openai.types.audio import Transcription, TranscriptionTextDeltaEvent, TranscriptionTextDoneEvent
+from openai.types.audio.transcription import UsageDuration
 from openai.types.audio.transcription_verbose import TranscriptionVerbose
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
@@ -45,7 +48,8 @@ from arkasr.server.accounts import Code
 from arkasr.server.keys import KEYS, Limits, Price, create_key
 from arkasr.server.openai import Parameters
 from conftest import byte_tokenizer, random_network, small_config
-from serving import Server, program, serve
+from serving import Server, program, serve, serve_front
+from vllm_serving import need_vllm, serve_vllm
 
 ROOT = Path(__file__).parents[1]
 CLIP = ROOT / "examples" / "audio" / "an4-rubout.flac"
@@ -54,6 +58,38 @@ CLIP_S = 4.0
 RATE = 16_000
 PRICE_PER_S = Fraction(16, 10)  # so that the cost of any number of samples has few digits
 FORMATS = ("json", "verbose_json", "text", "srt", "vtt")
+TINY = ROOT / "src" / "arkasr" / "weights" / "tiny"
+FREED = {"alone": ("--unload-after-s", 0.3)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the models of a server are, and what it therefore can tell.
+
+    Attributes:
+        tokens: which tokens a text has: their ids, number, probabilities, and which are allowed.
+        confidence: how sure of a text the model is; else it is 0.
+        both: whether the second model is another than the first; a vLLM has one.
+        engine: of `ark-asr transcribe` for the same network.
+    """
+
+    tokens: bool
+    confidence: bool
+    both: bool
+    engine: str = "auto"
+
+    @property
+    def unequal(self) -> set[str]:
+        """Fields of a segment that another layout may have otherwise."""
+        return set() if self.tokens else {"tokens", "avg_logprob", "confidence"}
+
+
+LAYOUTS = {
+    "alone": Layout(tokens=True, confidence=True, both=True),
+    "front": Layout(tokens=False, confidence=True, both=True),
+    "vllm": Layout(tokens=False, confidence=False, both=False, engine="pytorch"),
+}
+Start = Callable[..., AbstractContextManager[Server]]
 
 
 @dataclass(frozen=True)
@@ -200,8 +236,54 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(
+    scope="module",
+    params=["alone", pytest.param("front", marks=pytest.mark.slow), pytest.param("vllm", marks=pytest.mark.vllm)],
+)
+def name(request: pytest.FixtureRequest) -> str:
+    """Of the layout."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, other: Path) -> Iterator[Site]:
+def layout(name: str) -> Layout:
+    return LAYOUTS[name]
+
+
+@pytest.fixture(scope="module")
+def start(name: str, other: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """start(state, *flags, models=1) -> a server of that layout, with tiny and perhaps the second model."""
+    with ExitStack() as running:
+        if name == "alone":
+            yield partial(_alone, other)
+        elif name == "front":
+            state = tmp_path_factory.mktemp("back")
+            key = serving.create_key(state, "front")
+            back = running.enter_context(serve(state, "--model", other))
+            yield partial(_before, f"{back.url}/v1", key)
+        else:
+            need_vllm()
+            url = running.enter_context(serve_vllm(TINY, "--served-model-name", "tiny", "other", "--enforce-eager"))
+            yield partial(_before, url, "any")
+
+
+def _alone(other: Path, state: Path, *flags: object, models: int = 1) -> AbstractContextManager[Server]:
+    return serve(state, *(["--model", other] if models == 2 else []), *flags)
+
+
+def _before(url: str, key: str, state: Path, *flags: object, models: int = 1) -> AbstractContextManager[Server]:
+    return serve_front(state, url, *(["--model", "other"] if models == 2 else []), *flags, key=key)
+
+
+@pytest.fixture
+def alone(name: str) -> None:
+    """For what a back end has no part in."""
+    if name != "alone":
+        pytest.skip("for a server with models of its own")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Iterator[Site]:
     """The server that most tests share, with two models and keys of all kinds."""
     state = tmp_path_factory.mktemp("state")
     price = Price.parse("1.6/second")
@@ -216,7 +298,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, other: Path) -> Iterator[Site
     }
     secrets = {name: create_key(state / KEYS, name, limit)[1] for name, limit in limits.items()}
     secrets["ann"] = serving.create_key(state, "ann", "--price", "1.6/second")
-    with serve(state, "--model", other, "--alias", "whisper-1=tiny") as server:
+    with start(state, "--alias", "whisper-1=tiny", models=2) as server:
         yield Site(server, secrets)
 
 
@@ -227,16 +309,16 @@ def client(site: Site) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def tight(tmp_path_factory: pytest.TempPathFactory, start: Start, name: str) -> Iterator[Site]:
     """A server without keys that has little of everything."""
-    flags = ["--max-requests", 1, "--request-timeout-s", 1.5, "--max-upload-mb", 0.2, "--unload-after-s", 0.3]
-    with serve(tmp_path_factory.mktemp("tight"), *flags) as server:
+    flags = ["--max-requests", 1, "--request-timeout-s", 1.5, "--max-upload-mb", 0.2]
+    with start(tmp_path_factory.mktemp("tight"), *flags, *FREED.get(name, ())) as server:
         yield Site(server)
 
 
 @pytest.fixture(scope="module")
-def keyless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with serve(tmp_path_factory.mktemp("keyless")) as server:
+def keyless(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Iterator[Site]:
+    with start(tmp_path_factory.mktemp("keyless")) as server:
         yield Site(server)
 
 
@@ -252,7 +334,7 @@ def test_json(client: openai.OpenAI) -> None:
     assert set(answer.to_dict()) == {"text", "usage"}
 
 
-def test_verbose_json(client: openai.OpenAI) -> None:
+def test_verbose_json(client: openai.OpenAI, layout: Layout) -> None:
     raw = client.audio.transcriptions.with_raw_response.create(
         file=CLIP, model="tiny", response_format="verbose_json", timestamp_granularities=["segment"]
     )
@@ -265,8 +347,12 @@ def test_verbose_json(client: openai.OpenAI) -> None:
     assert 0 < segment.start < segment.end < CLIP_S
     assert segment.seek == int(segment.start * 100)
     assert segment.model_extra.keys() == {"confidence", "flags"}
-    assert segment.tokens
-    assert -0.1 < segment.avg_logprob < 0
+    assert bool(segment.tokens) == layout.tokens
+    if layout.confidence:
+        assert -0.1 < segment.avg_logprob < 0
+        assert 0.9 < segment.model_extra["confidence"] < 1
+    else:
+        assert segment.avg_logprob == segment.model_extra["confidence"] == 0
     assert answer.usage.seconds == CLIP_S
 
 
@@ -300,7 +386,13 @@ def test_hints_are_named_as_ignored_and_change_nothing(client: openai.OpenAI) ->
     assert "x-arkasr-ignored" not in plain.headers
 
 
-def test_logprobs(client: openai.OpenAI) -> None:
+def test_logprobs(client: openai.OpenAI, layout: Layout) -> None:
+    if not layout.tokens:
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="does not tell its tokens") as caught:
+                client.audio.transcriptions.create(file=CLIP, model="tiny", include=["logprobs"], stream=stream)
+            assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "include")
+        return
     raw = client.audio.transcriptions.with_raw_response.create(file=CLIP, model="tiny", include=["logprobs"])
     answer = strictly(Transcription, raw.text)
     assert "".join(one.token for one in answer.logprobs).strip() == CLIP_TEXT
@@ -308,27 +400,33 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert all(-1 < one.logprob <= 0 for one in answer.logprobs)
 
 
-def test_sampling(client: openai.OpenAI) -> None:
+def test_sampling(client: openai.OpenAI, layout: Layout) -> None:
     def said(temperature: float, **ours: int) -> str:
         create = client.audio.transcriptions.create
         return create(file=CLIP, model="other", temperature=temperature, extra_body=ours).text
 
     assert said(0, seed=1) == said(0, seed=2)
-    assert said(1, seed=1) == said(1, seed=1) != said(1, seed=2)
-    words = client.audio.transcriptions.create(
-        file=CLIP, model="tiny", response_format="verbose_json", extra_body={"max_new_tokens": 2}
-    )
-    assert [len(segment.tokens) for segment in words.segments or []] == [2]
+    assert said(1, seed=1) == said(1, seed=1)
+    assert (said(1, seed=1) != said(1, seed=2)) == layout.both  # tiny is too sure to say something else
+    few = partial(client.audio.transcriptions.create, file=CLIP, model="tiny", extra_body={"max_new_tokens": 2})
+    if layout.tokens:
+        words: Any = few(response_format="verbose_json")
+        assert [len(segment.tokens) for segment in words.segments] == [2]
+    else:
+        with pytest.raises(openai.BadRequestError, match="counts its tokens itself") as caught:
+            few()
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "max_new_tokens")
 
 
-def test_many_at_once_by_the_asynchronous_client(site: Site, recordings: Recordings) -> None:
+def test_many_at_once_by_the_asynchronous_client(site: Site, recordings: Recordings, layout: Layout) -> None:
     async def ask() -> None:
         url = f"{site.server.url}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key=site.secrets["ann"], max_retries=0) as client:
             create = client.audio.transcriptions.create
             answers = [create(file=CLIP, model=name) for name in ("tiny", "other", "whisper-1", "tiny")]
             alone, strange, alias, again = (one.text for one in await asyncio.gather(*answers))
-            assert alone == alias == again == CLIP_TEXT != strange
+            assert alone == alias == again == CLIP_TEXT
+            assert (strange != CLIP_TEXT) == layout.both
             stream = await create(file=recordings.paths["long"], model="tiny", stream=True)
             events = [event async for event in stream]
             assert events[-1].type == "transcript.text.done"
@@ -542,6 +640,7 @@ def test_too_late_while_it_is_sent(tight: Site) -> None:
     assert 1.5 <= time.monotonic() - started < 10
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_model_that_nobody_uses_is_freed_and_comes_back(tight: Site) -> None:
     def state() -> Any:
         answer = httpx2.get(f"{tight.server.url}/ready")
@@ -559,11 +658,12 @@ KINDS = ("clip", "long", "silence", "stereo8k", "speech", "video")
 
 
 @pytest.fixture(scope="module")
-def transcribed(recordings: Recordings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def transcribed(recordings: Recordings, layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what `ark-asr transcribe` writes of all recordings."""
     out = tmp_path_factory.mktemp("transcribed")
     command: list[Any] = [
         Path(sys.executable).with_name("ark-asr"), "transcribe", "--model", "tiny", "--output-dir", out,
+        "--engine", layout.engine,
     ]  # fmt: skip
     formats = [flag for kind in ("txt", "srt", "vtt", "json") for flag in ("--format", kind)]
     subprocess.run([*command, *formats, *(recordings.paths[kind] for kind in KINDS)], check=True, capture_output=True)
@@ -571,7 +671,9 @@ def transcribed(recordings: Recordings, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_the_command_line_says_it(site: Site, recordings: Recordings, transcribed: Path, kind: str) -> None:
+def test_as_the_command_line_says_it(
+    site: Site, recordings: Recordings, transcribed: Path, layout: Layout, kind: str
+) -> None:
     path = recordings.paths[kind]
 
     def served(response_format: str) -> httpx2.Response:
@@ -585,38 +687,47 @@ def test_as_the_command_line_says_it(site: Site, recordings: Recordings, transcr
     for response_format, ending in (("text", "txt"), ("srt", "srt"), ("vtt", "vtt")):
         assert served(response_format).content == written(ending)
     ours, theirs = served("verbose_json").json(), json.loads(written("json"))
+    strictly(TranscriptionVerbose, json.dumps(ours))
     spoken = [segment for segment in theirs["segments"] if segment["text"]]
+    for field_name in layout.unequal:
+        for segment in (*spoken, *ours["segments"]):
+            del segment[field_name]
     assert ours["segments"] == [{**one, "id": number} for number, one in enumerate(spoken)]
     assert (ours["text"], round(ours["duration"], 4)) == (theirs["text"], theirs["duration"])
     assert ours["text"] == written("txt").decode()[:-1]
     assert bool(ours["text"]) == (kind != "silence")
-    strictly(TranscriptionVerbose, json.dumps(ours))
 
 
 # --- streams -----------------------------------------------------------------------------------------------------
 
 
-def test_a_stream(client: openai.OpenAI, recordings: Recordings) -> None:
+def test_a_stream(client: openai.OpenAI, recordings: Recordings, layout: Layout) -> None:
     create = client.audio.transcriptions.create
     whole = create(file=recordings.paths["long"], model="tiny", response_format="verbose_json")
     raw = client.audio.transcriptions.with_raw_response.create(
-        file=recordings.paths["long"], model="tiny", stream=True, extra_body={"include": ["segments", "logprobs"]}
-    )
+        file=recordings.paths["long"], model="tiny", stream=True,
+        extra_body={"include": ["segments", "logprobs"] if layout.tokens else ["segments"]},
+    )  # fmt: skip
     assert raw.headers["content-type"] == "text/event-stream; charset=utf-8"
     events = [line.removeprefix("data: ") for line in raw.http_response.iter_lines() if line.startswith("data: ")]
     deltas = [strictly(TranscriptionTextDeltaEvent, event) for event in events[:-1]]
-    done = strictly(TranscriptionTextDoneEvent, events[-1])
+    last = json.loads(events[-1])
+    used = last["usage"] if layout.tokens else last.pop("usage")
+    done = strictly(TranscriptionTextDoneEvent, json.dumps(last))
     assert "".join(delta.delta for delta in deltas) == done.text == whole.text
     times = [(round(one.model_extra["start"], 4), round(one.model_extra["end"], 4)) for one in deltas]
     assert times == [(segment.start, segment.end) for segment in whole.segments or []]
     assert [delta.segment_id for delta in deltas] == [str(number) for number in range(len(deltas))]
+    assert Fraction(str(used["seconds"])) == recordings.seconds["long"]
+    if not layout.tokens:
+        assert strictly(UsageDuration, json.dumps(used)).model_extra.keys() == {"cost"}
+        return
     assert [one.to_dict() for delta in deltas for one in delta.logprobs] == [one.to_dict() for one in done.logprobs]
     tokens = [token for segment in whole.segments or [] for token in segment.tokens]
     assert len(done.logprobs) == len(tokens) == done.usage.output_tokens
     assert done.usage.input_token_details.audio_tokens == done.usage.input_tokens > 60 * 12
     assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens
     assert done.usage.model_extra.keys() == {"seconds", "cost"}
-    assert Fraction(str(done.usage.model_extra["seconds"])) == recordings.seconds["long"]
 
 
 def test_a_stream_of_silence(client: openai.OpenAI, recordings: Recordings) -> None:
@@ -685,9 +796,9 @@ def test_a_cost_has_ten_places(site: Site, recordings: Recordings) -> None:
     assert Fraction(answer["usage"]["cost"]) == Fraction(round(exact * 10**10), 10**10)
 
 
-def test_usage_with_several_processes(tmp_path: Path) -> None:
+def test_usage_with_several_processes(tmp_path: Path, start: Start) -> None:
     secrets = {"ann": create_key(tmp_path / KEYS, "ann", Limits(price=Price.parse("1.6/second")))[1]}
-    with serve(tmp_path, "--workers", 2) as server:
+    with start(tmp_path, "--workers", 2) as server:
         site = Site(server, secrets)
         answers = [site.post("/v1/audio/transcriptions", model="tiny") for _ in range(8)]
         assert {answer.json()["text"] for answer in answers} == {CLIP_TEXT}
@@ -744,8 +855,8 @@ def test_who_goes_before_the_answer_pays_nothing(site: Site, recordings: Recordi
 # --- an end ------------------------------------------------------------------------------------------------------
 
 
-def test_a_running_request_ends_and_no_other_begins(tmp_path: Path) -> None:
-    with serve(tmp_path) as server:
+def test_a_running_request_ends_and_no_other_begins(tmp_path: Path, start: Start) -> None:
+    with start(tmp_path) as server:
         site = Site(server)
         with closing(http.client.HTTPConnection("127.0.0.1", server.port)) as before, site.held() as finish:
             before.request("GET", "/ready")
@@ -762,8 +873,8 @@ def test_a_running_request_ends_and_no_other_begins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_outlasts_the_end(tmp_path: Path, recordings: Recordings, *, stream: bool) -> None:
-    with serve(tmp_path, "--shutdown-s", 0.2) as server, Site(server).client() as client:
+def test_a_request_that_outlasts_the_end(tmp_path: Path, recordings: Recordings, start: Start, *, stream: bool) -> None:
+    with start(tmp_path, "--shutdown-s", 0.2) as server, Site(server).client() as client:
 
         def stop() -> None:
             until(lambda: Site(server).metric("arkasr_clips_total") > 3)
@@ -781,8 +892,8 @@ def test_a_request_that_outlasts_the_end(tmp_path: Path, recordings: Recordings,
         assert server.process.wait(10) == -signal.SIGTERM
 
 
-def test_an_upload_that_outlasts_the_end(tmp_path: Path) -> None:
-    with serve(tmp_path, "--shutdown-s", 0.2) as server, Site(server).held() as finish:
+def test_an_upload_that_outlasts_the_end(tmp_path: Path, start: Start) -> None:
+    with start(tmp_path, "--shutdown-s", 0.2) as server, Site(server).held() as finish:
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "Waiting for connections" in server.log.read_text())
         time.sleep(0.4)
@@ -793,7 +904,7 @@ def test_an_upload_that_outlasts_the_end(tmp_path: Path) -> None:
 # --- the other routes --------------------------------------------------------------------------------------------
 
 
-def test_the_references_routes(site: Site) -> None:
+def test_the_references_routes(site: Site, layout: Layout) -> None:
     answer = site.post("/asr").json()
     assert answer.keys() == {"text", "latency_s", "prompt_tokens"}
     assert answer["text"] == CLIP_TEXT
@@ -802,25 +913,31 @@ def test_the_references_routes(site: Site) -> None:
     out = io.BytesIO()
     soundfile.write(out, soundfile.read(CLIP, dtype="int16")[0][: 2 * RATE], RATE, format="FLAC")
     assert part["text"] == site.post("/asr", out.getvalue()).json()["text"] != CLIP_TEXT
+    said = httpx2.get(f"{site.server.url}/token-mask", headers=site.headers())
+    if not layout.tokens:
+        assert answer["prompt_tokens"] is part["prompt_tokens"] is None
+        assert (said.status_code, refused(said).code) == (404, "not_supported")
+        return
     assert answer["prompt_tokens"] - part["prompt_tokens"] == 25
-    mask = httpx2.get(f"{site.server.url}/token-mask", headers=site.headers()).json()
+    mask = said.json()
     assert mask.keys() == {"allowed_count", "blocked_count", "eos_token_ids", "tokens"}
     assert mask["tokens"]["<|im_end|>"] == {"id": mask["eos_token_ids"][0], "blocked": False, "allowed": True}
     assert mask["tokens"]["<|audio|>"]["blocked"]
 
 
-def test_the_route_of_cf_stt(site: Site) -> None:
+def test_the_route_of_cf_stt(site: Site, layout: Layout) -> None:
     answer = site.post("/transcribe", name="audio", language="en", confidence_threshold_override=1)
     assert answer.headers["x-arkasr-ignored"] == "language"
     record = answer.json()
     (segment,) = record.pop("segments")
     assert segment.keys() == {"start_s", "end_s", "text", "confidence"}
     assert (segment["text"], segment["confidence"]) == (record["text"], record["confidence"])
-    assert 0.9 < record.pop("confidence") < 1
+    assert (0.9 if layout.confidence else -1) < record.pop("confidence") < (1 if layout.confidence else 1e-9)
     assert record == {
         "text": CLIP_TEXT, "below_threshold": True, "language": "en", "duration_s": CLIP_S, "model": "tiny",
     }  # fmt: skip
-    assert not site.post("/transcribe", name="audio", confidence_threshold_override=0.5).json()["below_threshold"]
+    lower = site.post("/transcribe", name="audio", confidence_threshold_override=0.5).json()
+    assert lower["below_threshold"] != layout.confidence  # what nobody is sure of is not passed
     assert refused(site.post("/transcribe", name="file")).code == "invalid_body"
 
 
@@ -848,6 +965,7 @@ def test_the_readmes_lines_for_curl(keyless: Site) -> None:
     assert json.loads(events.split("\n\n")[-2][6:])["text"] == CLIP_TEXT
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_guides_lines_for_curl(keyless: Site) -> None:
     said = curl(GUIDE, keyless)
     plain, srt, events, as_json, part, stt, mask, names, ready = said

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from arkasr.errors import UsageError
+from arkasr.errors import MissingExtraError, UsageError
 from arkasr.server.settings import PREFIX, read_settings
 from conftest import MakeCheckpoint, Run
+
+FRONT = ["--engine", "openai", "--model", "whatever it is called there", "--base-url", "http://127.0.0.1:9/v1"]
 
 
 @pytest.fixture
@@ -50,6 +52,15 @@ def test_lists_are_flags_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--host", "::", "--model", "tiny"], "keys create"),
         (["--host", "example.org", "--model", "tiny"], "keys create"),
         (["--model", "tiny", "--url-network", "everything", "--url-host", "*"], "no network"),
+        (["--engine", "openai", "--model", "tiny"], "--base-url"),
+        (["--engine", "openai", "--base-url", "http://127.0.0.1:9/v1"], "--model"),
+        (["--model", "tiny", "--base-url", "http://127.0.0.1:9/v1"], "--base-url: only with --engine openai"),
+        (["--model", "tiny", "--engine", "onnx", "--api-key-env", "X", "--parallel", "2"], "--api-key-env, --parallel"),
+        ([*FRONT, "--device", "cpu", "--dtype", "int8"], "--device, --dtype: not with engine openai"),
+        ([*FRONT, "--unload-after-s", "5", "--workers", "2"], "--unload-after-s"),
+        ([*FRONT, "--parallel", "0"], "parallel"),
+        ([*FRONT, "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY: not set"),
+        ([*FRONT[:-1], "ftp://127.0.0.1/v1"], "127.0.0.1"),
     ],
 )
 def test_what_is_bad_is_one_line_that_names_it(arguments: list[str], named: str, run: Run, tmp_path: Path) -> None:
@@ -68,6 +79,30 @@ def test_a_damaged_model_is_said_at_the_start(
     code, out, err = run("serve", "--state", str(tmp_path / "state"), "--model", str(folder), "--workers", str(workers))
     assert (code, out, len(err)) == (1, [], 1)
     assert "tokenizer.json" in err[0]
+
+
+def test_vllm_is_one_process_and_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(_name: str) -> object:
+        return object() if installed else None
+
+    monkeypatch.setattr("importlib.util.find_spec", found)
+    installed = True
+    read_settings(["--engine", "vllm", "--model", "tiny"]).check_engine()
+    with pytest.raises(UsageError, match="--workers: engine vllm is one process"):
+        read_settings(["--engine", "vllm", "--model", "tiny", "--workers", "2"]).check_engine()
+    installed = False
+    with pytest.raises(MissingExtraError, match=r"arkasr\[vllm\]"):
+        read_settings(["--engine", "vllm", "--model", "tiny"]).check_engine()
+
+
+def test_a_back_end_in_the_environment_and_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text('engine = "openai"\nbase_url = "http://h/v1"\nmodel = ["a", "b"]\nparallel = 3\n')
+    monkeypatch.setenv(f"{PREFIX}API_KEY_ENV", "KEY_OF_H")
+    settings = read_settings(["--config", str(path), "--parallel", "4"])
+    settings.check_engine()
+    assert (settings.base_url, settings.model, settings.parallel) == ("http://h/v1", ["a", "b"], 4)
+    assert settings.api_key_env == "KEY_OF_H"
 
 
 @pytest.mark.parametrize("text", ["bogus = 3", "port = [", "port = 'x'"])

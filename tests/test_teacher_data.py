@@ -525,15 +525,11 @@ def test_a_busy_endpoint_is_asked_again_and_order_is_kept(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    wait = threading.Event.wait
 
-    def waited(event: threading.Event, timeout: float | None = None) -> bool:
-        if threading.current_thread().name.startswith("arkasr-endpoint"):
-            waits.append(timeout or 0.0)
-            timeout = 0.0
-        return wait(event, timeout)
+    async def waited(wait_s: float) -> None:
+        waits.append(wait_s)
 
-    monkeypatch.setattr(threading.Event, "wait", waited)
+    monkeypatch.setattr(asking, "_pause", waited)
     monkeypatch.setattr(asking, "FIRST_WAIT_S", 0.5)
 
     def say(number: int, times: int) -> Answer:

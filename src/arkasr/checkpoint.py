@@ -186,6 +186,15 @@ def _match(folder: Path, config: ModelConfig, shards: tuple[Path, ...]) -> None:
                     f"{shard}: tensor {quoted(name)} is also in another shard; fetch the weights again"
                 )
             found[name] = shape
+    match(found, config, str(folder))
+
+
+def match(found: Mapping[str, tuple[int, ...]], config: ModelConfig, place: str) -> None:
+    """Refuse tensors, by published name and shape, that are not exactly those of a config; `place` names them.
+
+    Raises:
+        CheckpointMismatchError: one is missing, surplus or of another shape.
+    """
     specs = {spec.hf_name: spec.shape for spec in tensor_specs(config)}
     surplus = found.keys() - specs.keys() - set(IGNORED)
     if config.tied_embeddings and HEAD in surplus:
@@ -198,12 +207,12 @@ def _match(folder: Path, config: ModelConfig, shards: tuple[Path, ...]) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointMismatchError(
-                f"{folder}: {kind} tensor {quoted(min(names))}{more}; not the config's architecture"
+                f"{place}: {kind} tensor {quoted(min(names))}{more}; not the config's architecture"
             )
     for name, shape in found.items():
         if name in specs and shape != specs[name]:
             raise CheckpointMismatchError(
-                f"{folder}: tensor {quoted(name)} has shape {quoted(shape)}, config.json says {specs[name]}"
+                f"{place}: tensor {quoted(name)} has shape {quoted(shape)}, config.json says {specs[name]}"
             )
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -16,21 +16,19 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from typer.core import TyperGroup
 
-from arkasr import __version__, audio, cli_keys, export, hub, jobs, pins
+from arkasr import __version__, audio, cli_keys, cli_models, export, hub, jobs
 from arkasr.checkpoint import open_checkpoint
-from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
+from arkasr.cli_models import MODEL_HELP, ModelArgument, OfflineOption, bar, pull, report
+from arkasr.engines import ANSWER_S, MAX_NEW_TOKENS, PARALLEL, DecodeOptions
 from arkasr.errors import ArkASRError, MissingExtraError, UsageError
 from arkasr.results import (
     DEFAULT_SUBTITLES,
@@ -41,7 +39,7 @@ from arkasr.results import (
     added,
     write_json_error,
 )
-from arkasr.transcribe import BATCH_SIZE, Transcriber, load_model
+from arkasr.transcribe import BATCH_SIZE, MAX_BATCH_SIZE, Transcriber, load_model
 
 LATER = {"eval": "arkasr.cli_eval", "train": "arkasr.cli_train"}
 
@@ -69,9 +67,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-models_app = typer.Typer(help="Download, check and remove models.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(models_app, name="models")
-
+app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_keys.app, name="keys")
 app.command("usage")(cli_keys.usage)
 
@@ -79,10 +75,8 @@ TINY_NOTICE = (
     "model tiny: a small demonstration model for English letters, digits, dates and short commands; "
     "for real transcription run `ark-asr models pull 0.6b` once, which makes 0.6b the default"
 )
+PER_PLACE = 8  # spans of a batch for each that an endpoint hears at a time, lest the last ones hold up the next batch
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-MODEL_HELP = "0.6b, 3b, tiny, ORG/NAME@COMMIT of a hub, or a checkpoint's folder."
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Make no network call; HF_HUB_OFFLINE=1 says the same.")]
 
 
 class EngineChoice(StrEnum):
@@ -91,6 +85,8 @@ class EngineChoice(StrEnum):
     AUTO = "auto"
     PYTORCH = "pytorch"
     ONNX = "onnx"
+    VLLM = "vllm"
+    OPENAI = "openai"
 
 
 class DtypeChoice(StrEnum):
@@ -145,7 +141,26 @@ def transcribe(
         typer.Option(metavar="MODEL", help=f"{MODEL_HELP}  [default: 0.6b when it was downloaded, else tiny]"),
     ] = None,
     offline: OfflineOption = False,
-    engine: Annotated[EngineChoice, typer.Option(help="What runs the network.")] = EngineChoice.AUTO,
+    engine: Annotated[
+        EngineChoice, typer.Option(help="What runs the network; openai is the endpoint at --base-url.")
+    ] = EngineChoice.AUTO,
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of an OpenAI-compatible endpoint, such as http://HOST:8000/v1.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The environment variable that has the endpoint's key.")
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(help=f"Spans that the endpoint is asked for at a time.  [default: {PARALLEL}]")
+    ] = None,
+    answer_s: Annotated[
+        float | None,
+        typer.Option(help=f"Most seconds for the endpoint's answer, all tries counted.  [default: {ANSWER_S:g}]"),
+    ] = None,
+    budget_s: Annotated[
+        float | None,
+        typer.Option(help="Most seconds of audio sent to the endpoint, all tries counted.  [default: no limit]"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         DtypeChoice, typer.Option(help="Precision; auto is int8 on a CPU and float32 on CUDA.")
@@ -156,8 +171,12 @@ def transcribe(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above it tokens are sampled.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     batch_size: Annotated[
-        int, typer.Option(help="Spans that share a pass; the text does not depend on it.")
-    ] = BATCH_SIZE,
+        int | None,
+        typer.Option(
+            help="Spans that share a pass; the text does not depend on it.  "
+            f"[default: {BATCH_SIZE}; {PER_PLACE} times --parallel of an endpoint]"
+        ),
+    ] = None,
     formats: Annotated[
         list[FormatChoice] | None,
         typer.Option("--format", help="txt, srt, vtt, tsv or json; give it again for several.  [default: txt]"),
@@ -183,31 +202,58 @@ def transcribe(
         raise UsageError("several formats, and --resume, need --output-dir")
     found = jobs.find(files, recursive=recursive)
     inputs = jobs.shard(found if output_dir is None else jobs.distinct(found), shard)
-    if model is None:
-        model = hub.default_model()
-        if model == "tiny":
-            print(TINY_NOTICE, file=sys.stderr)
-    folder = _pull(model, offline=offline)
+    here = {"device": device, "dtype": dtype.value, "offline": offline}
+    there = {"base_url": base_url, "key_variable": api_key_env, "parallel": parallel, "answer_s": answer_s,
+             "budget_s": budget_s}  # fmt: skip
+    if batch_size is None:
+        is_there = engine is EngineChoice.OPENAI
+        batch_size = min(PER_PLACE * (parallel or PARALLEL), MAX_BATCH_SIZE) if is_there else BATCH_SIZE
+    with _recognizer(engine, model, here, there) as load:
+        if output_dir is not None:
+            with jobs.Outputs(output_dir, names, subtitles, part=shard, resume=resume) as outputs:
+                waiting = [one for one in inputs if not outputs.is_done(one)]
+                if len(waiting) < len(inputs):
+                    report(f"{len(inputs) - len(waiting)} of {len(inputs)} files are done already")
+                failed = _run(load, waiting, outputs.add, options, vad=vad, batch_size=batch_size) if waiting else 0
+        elif names == ["txt"] and len(inputs) == 1:
+            failed = 0
+            _print_as_heard(load().segments(inputs[0].name, options=options, vad=vad, batch_size=batch_size))
+        else:
+            deliver = partial(_print, format_name=names[0], options=subtitles)
+            failed = _run(load, inputs, deliver, options, vad=vad, batch_size=batch_size, to_stdout=True)
+        if failed:
+            if len(inputs) > 1:
+                print(f"ark-asr: {failed} of {len(inputs)} files failed", file=sys.stderr)
+            raise typer.Exit(1)
 
-    def load() -> Transcriber:
-        return load_model(folder, engine=engine.value, device=device, dtype=dtype.value, report=_report)
 
-    if output_dir is not None:
-        with jobs.Outputs(output_dir, names, subtitles, part=shard, resume=resume) as outputs:
-            waiting = [one for one in inputs if not outputs.is_done(one)]
-            if len(waiting) < len(inputs):
-                _report(f"{len(inputs) - len(waiting)} of {len(inputs)} files are done already")
-            failed = _run(load, waiting, outputs.add, options, vad=vad, batch_size=batch_size) if waiting else 0
-    elif names == ["txt"] and len(inputs) == 1:
-        failed = 0
-        _print_as_heard(load().segments(inputs[0].name, options=options, vad=vad, batch_size=batch_size))
-    else:
-        deliver = partial(_print, format_name=names[0], options=subtitles)
-        failed = _run(load, inputs, deliver, options, vad=vad, batch_size=batch_size, to_stdout=True)
-    if failed:
-        if len(inputs) > 1:
-            print(f"ark-asr: {failed} of {len(inputs)} files failed", file=sys.stderr)
-        raise typer.Exit(1)
+@contextmanager
+def _recognizer(
+    engine: EngineChoice, model: str | None, here: dict[str, Any], there: dict[str, Any]
+) -> Iterator[Callable[[], Transcriber]]:
+    """What loads the model, with the options of engines on this machine, or of an endpoint."""
+    is_there = engine is EngineChoice.OPENAI
+    for name, value in (here if is_there else there).items():
+        if value not in (None, False, "auto"):
+            flag = {"key_variable": "api_key_env"}.get(name, name).replace("_", "-")
+            raise UsageError(f"--{flag} does not go with --engine {engine}; leave it out")
+    if not is_there:
+        if model is None:
+            model = hub.default_model()
+            if model == "tiny":
+                print(TINY_NOTICE, file=sys.stderr)
+        folder = pull(model, offline=here["offline"])
+        yield lambda: load_model(folder, engine=engine.value, device=here["device"], dtype=here["dtype"], report=report)
+        return
+    if model is None or there["base_url"] is None:
+        raise UsageError("--engine openai: give --base-url http://HOST:8000/v1 and --model, as the endpoint calls it")
+    from arkasr.engines.openai import OpenAIEngine  # no short transcription waits for an HTTP client
+
+    given = {name: value for name, value in there.items() if value is not None}
+    with closing(OpenAIEngine(model=model, **given)) as remote:
+        if remote.notice:
+            report(remote.notice)
+        yield lambda: Transcriber(remote)
 
 
 def _run(
@@ -283,27 +329,6 @@ def _progress(total: int, *, text_on_terminal: bool) -> Iterator[Callable[[float
         yield advance
 
 
-def _report(line: str) -> None:
-    print(f"ark-asr: {line}", file=sys.stderr)
-
-
-def _pull(model: str, *, offline: bool) -> Path:
-    """The model's folder, downloaded with a bar on standard error if a person watches."""
-    with _bar(model, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
-        return hub.pull(model, offline=offline, report=_report, progress=progress)
-
-
-@contextmanager
-def _bar(text: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, if a person watches, once it is told what is done and how much there is."""
-    console = Console(stderr=True)
-    off = not console.is_terminal
-    shown = (TextColumn(text, markup=False), *columns)
-    with Progress(*shown, console=console, disable=off, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(text, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
-
-
 @app.command("export")
 def export_model(
     model: ModelArgument,
@@ -316,62 +341,9 @@ def export_model(
     offline: OfflineOption = False,
 ) -> None:
     """Convert a model for the CPU engine and print the folder, which is a model itself."""
-    source = open_checkpoint(_pull(model, offline=offline))
-    with _bar(model, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as progress:
-        print(export.find_or_write(source, precision.value, folder=output, report=_report, progress=progress))
-
-
-@models_app.command("list")
-def models_list() -> None:
-    """Show built-in and downloaded models: name, state, size, origin."""
-    for model in hub.models():
-        size = f"{model.num_bytes / 1e6:.0f} MB" if model.num_bytes else "-"
-        print(f"{model.name:<8} {model.state:<10} {size:>8}  {model.origin}")
-
-
-@models_app.command("pull")
-def models_pull(model: ModelArgument, offline: OfflineOption = False) -> None:
-    """Download and check a model; an interrupted download goes on."""
-    folder = _pull(model, offline=offline)
-    open_checkpoint(folder)
-    print(folder)
-
-
-@models_app.command("verify")
-def models_verify(
-    models: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP}  [default: all on this machine]")
-    ] = None,
-) -> None:
-    """Hash every file, and check config, tokenizer and tensors."""
-    failed = 0
-    for model in models or [listed.name for listed in hub.models() if listed.state in {"here", "shipped"}]:
-        try:
-            folder = hub.find(model)
-            lock = pins.verify(folder)
-            exported = None if open_checkpoint(folder).shards else export.read_manifest(folder, hashes=True)
-        except ArkASRError as error:
-            print(f"ark-asr: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        known = lock or exported
-        done = f"{len(known.files)} files have their SHA-256" if known else "no lock file, so bytes were not compared"
-        print(f"{model}: {done}; config, tokenizer and tensors fit")
-    if failed:
-        raise typer.Exit(1)
-
-
-@models_app.command("path")
-def models_path(model: ModelArgument) -> None:
-    """Print the folder of a model that is on this machine."""
-    print(hub.find(model))
-
-
-@models_app.command("remove")
-def models_remove(model: ModelArgument) -> None:
-    """Delete a downloaded model, complete or not."""
-    freed = hub.remove(model)
-    print(f"ark-asr: {model} removed, {freed / 1e6:.0f} MB freed", file=sys.stderr)
+    source = open_checkpoint(pull(model, offline=offline))
+    with bar(model, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as progress:
+        print(export.find_or_write(source, precision.value, folder=output, report=report, progress=progress))
 
 
 @app.command("serve", add_help_option=False, context_settings=PASSED_ON)
@@ -384,6 +356,38 @@ def serve_models(context: typer.Context) -> None:
             raise
         raise MissingExtraError(f"serve: {error.name} is not installed; pip install 'arkasr[serve]'") from None
     serve.serve(settings.read_settings(context.args))
+
+
+@app.command("batch")
+def batch(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio files; with --read, the results.")],
+    read: Annotated[
+        Path | None, typer.Option(metavar="BATCH", help="Print the texts that the results have for this batch.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Where vLLM finds the files; without, the batch holds their bytes.")
+    ] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Take the audio files in folders, too.")] = False,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Write the I-th of N parts of the files.")] = "1/1",
+) -> None:
+    """Write a batch for `vllm run-batch` to standard output, or read its results: a line of JSON for each file."""
+    if read is not None and (url is not None or recursive or shard != "1/1"):
+        raise UsageError("--url, --recursive and --shard are for writing a batch, not for --read")
+    failed = total = 0
+    lines = (
+        jobs.write_batch(jobs.shard(list(dict.fromkeys(jobs.find(files, recursive=recursive))), shard), url=url)
+        if read is None
+        else jobs.read_batch(read, map(Path, files))
+    )
+    for total, line in enumerate(lines, 1):  # noqa: B007 - counted
+        if isinstance(line, ArkASRError):
+            failed += 1
+            print(f"ark-asr: {line}", file=sys.stderr)
+        else:
+            print(line)
+    if failed:
+        print(f"ark-asr: {failed} of {total} files failed", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
 
 # Fixed by the architecture: one pass of the encoder, its RoPE, and the epsilon of its norms.
 MAX_CLIP_S = 30
+ARCHITECTURE = "ArkasrForConditionalGeneration"  # by which config.json names the network
 ENCODER_ROPE_THETA = 10_000.0
 LAYER_NORM_EPS = 1e-5
 # Beyond these a config is damaged or hostile, and building the table of its tensors would take the memory.
@@ -167,7 +168,7 @@ def to_mapping(config: ModelConfig) -> dict[str, Any]:
     """The published config.json of this architecture, without `auto_map`: nothing in it points at code."""
     eos = config.eos_token_ids
     return {
-        "architectures": ["ArkasrForConditionalGeneration"],
+        "architectures": [ARCHITECTURE],
         "model_type": "arkasr",
         "adapter_type": "mlp",
         "audio_token_id": config.audio_token_id,

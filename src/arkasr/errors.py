@@ -31,5 +31,9 @@ class MissingExtraError(ArkASRError, ImportError):
     """The call needs an optional dependency that is not installed."""
 
 
+class NoAnswerError(ArkASRError):
+    """One request to an endpoint got no answer that can be read; others may get theirs."""
+
+
 class UsageError(ArkASRError, ValueError):
     """An option, manifest or argument has a value that cannot be used."""

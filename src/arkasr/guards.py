@@ -4,10 +4,13 @@ The rules are here, for all engines; engines ask `is_loop` while they decode, an
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 from arkasr.audio import SAMPLE_RATE
 from arkasr.results import SPACELESS_CHARACTER
+
+T = TypeVar("T", bound=Hashable)
 
 # Flags of a segment: why its text was doubted ...
 LOOP, TOO_LONG, TOO_FAST, REPETITIVE, EMPTY = "loop", "too_long", "too_fast", "repetitive", "empty"
@@ -36,7 +39,7 @@ def is_loop(ids: Sequence[int], num_samples: int) -> bool:
     return len(ids) > too_many and len(ids) % CHECK_EVERY == 0 and _repeated_tail(ids) is not None
 
 
-def _repeated_tail(ids: Sequence[int]) -> tuple[int, int] | None:
+def _repeated_tail(ids: Sequence[Hashable]) -> tuple[int, int] | None:
     """Where the tail that repeats one unit begins, and the unit's length; the unit counts that leaves the least."""
     tails = []
     for unit in range(1, min(MAX_UNIT, len(ids) // MIN_REPEATS) + 1):
@@ -48,8 +51,8 @@ def _repeated_tail(ids: Sequence[int]) -> tuple[int, int] | None:
     return min(tails, key=sum, default=None)
 
 
-def without_loop(ids: Sequence[int]) -> list[int]:
-    """The tokens with a repeated tail said once."""
+def without_loop(ids: Sequence[T]) -> list[T]:
+    """The tokens, or words, with a repeated tail said once."""
     tail = _repeated_tail(ids)
     return list(ids) if tail is None else list(ids[: sum(tail)])
 

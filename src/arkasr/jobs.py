@@ -1,9 +1,10 @@
-"""Many files: which there are, where their texts go, and a journal by which a stopped job goes on.
+"""Many files: which there are, where their texts go, a journal by which a stopped job goes on, batches for others.
 
 A file's outputs are written and renamed first, then its line goes into the journal: whatever stops a job, outputs are
 whole, and of what the journal does not name at most the file in flight was done.
 """
 
+import base64
 import io
 import json
 import os
@@ -14,16 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from arkasr import results
-from arkasr.engines import DecodeOptions
-from arkasr.errors import ArkASRError, UsageError
+from arkasr.engines import DecodeOptions, EngineName
+from arkasr.errors import ArkASRError, AudioError, NoAnswerError, UsageError, quoted
 from arkasr.files import PART, write_text_atomically
 from arkasr.results import SubtitleOptions, Transcript
+from arkasr.text import clean
 from arkasr.transcribe import Transcriber, load_model
 
 # What is taken for audio in a folder; a file that is named is taken whatever it is called.
@@ -201,22 +204,118 @@ def _read_journal(path: Path) -> dict[str, Mapping[str, Any]]:
     return done
 
 
+def write_batch(inputs: Iterable[Input], *, url: str | None = None) -> Iterator[str | ArkASRError]:
+    """A line of JSON for `vllm run-batch` of each file, which is named once, or why there is none; lazily.
+
+    Args:
+        inputs: the files; the name of each is the id of its line.
+        url: the address below which vLLM finds the files by their names; without, their bytes are in the lines.
+    """
+    for one in dict.fromkeys(inputs):
+        try:
+            yield _request(one.name, url)
+        except OSError as error:
+            yield AudioError(f"{one.name}: cannot be read ({error.strerror}); check the path")
+        except AudioError as error:
+            yield error
+
+
+def _request(name: str, url: str | None) -> str:
+    if name == "-":
+        raise AudioError("-: standard input has no name to know its text by; give files")
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # vLLM reads no line of a batch with such a name in it
+        raise AudioError(f"{name}: the name is not UTF-8; rename the file") from None
+    with Path(name).open("rb") as file:
+        content = "" if url is not None else base64.b64encode(file.read()).decode()
+    where = f"data:audio/*;base64,{content}" if url is None else f"{url.rstrip('/')}/{quote(name.lstrip('/'))}"
+    request = {"custom_id": name, "method": "POST", "url": "/v1/audio/transcriptions", "body": {"file_url": where}}
+    return json.dumps(request)
+
+
+def read_batch(batch: Path, results: Iterable[Path]) -> Iterator[str | ArkASRError]:
+    """A line of JSON, with audio and text, of each line of a batch, in its order, or why there is no text.
+
+    A text in one of several files of results, as of a second run for what failed, makes up for errors in others.
+
+    Raises:
+        UsageError: a file cannot be read or is not what it should be; or has a strange or a second, other text.
+    """
+    answers: dict[str, str | ArkASRError] = {}
+    for place, name, _ in _records(batch):
+        if name in answers:
+            raise UsageError(f"{place}: {quoted(name)} has a line already; give what `ark-asr batch` wrote")
+        answers[name] = NoAnswerError(f"{name}: not in the results; run it again")
+    for path in results:
+        for place, name, record in _records(path):
+            if name not in answers:
+                raise UsageError(f"{place}: {quoted(name)} is not in {batch}; give that batch's results")
+            before, answer = answers[name], _answer(name, record)
+            if isinstance(before, str) and isinstance(answer, str) and before != answer:
+                raise UsageError(f"{place}: a second, other text of {quoted(name)}; leave one of these results out")
+            answers[name] = before if isinstance(before, str) else answer
+    for name, answer in answers.items():
+        yield json.dumps({"audio": name, "text": answer}, ensure_ascii=False) if isinstance(answer, str) else answer
+
+
+def _records(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Place, id and object of each line of a batch, or of its results."""
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    place = f"{path}:{number}"
+                    yield place, *_record(line, place)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def _record(line: bytes, place: str) -> tuple[str, Mapping[str, Any]]:
+    try:
+        record = json.loads(line)
+        name = record["custom_id"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        name = None
+    if not isinstance(name, str):
+        raise UsageError(f"{place}: not a line with a custom_id; give a batch, or its results")
+    return name, record
+
+
+def _answer(name: str, record: Mapping[str, Any]) -> str | ArkASRError:
+    """The text of a line of vLLM's results; its errors are a message, or OpenAI's object around one."""
+    match record:
+        case {"error": None, "response": {"status_code": 200, "body": {"text": str(text)}}}:
+            return clean(text)
+        case {"error": {"error": {"message": message}}} | {"error": message}:
+            return NoAnswerError(f"{name}: vLLM failed ({quoted(message)}); run it again")
+    return NoAnswerError(f"{name}: the line of the results has neither text nor error; run it again")
+
+
 class BatchTranscriber:
     """A callable for `ray.data.Dataset.map_batches` and other pools: columns in, columns out.
 
     It can be pickled before its first call, at which the model is loaded, once in each process.
     """
 
-    def __init__(self, model: str = "tiny", *, column: str = "audio", options: DecodeOptions = DecodeOptions()) -> None:  # noqa: B008 - frozen
-        """`column` has paths, or the bytes of files."""
-        self._model, self._column, self._options = model, column, options
+    def __init__(
+        self,
+        model: str = "tiny",
+        *,
+        column: str = "audio",
+        options: DecodeOptions = DecodeOptions(),  # noqa: B008 - frozen
+        engine: EngineName = "auto",
+    ) -> None:
+        """`column` has paths, the bytes of files, or, as in Hugging Face's data sets, {"bytes": ..., "path": ...}."""
+        self._model, self._column, self._options, self._engine = model, column, options, engine
         self._transcriber: Transcriber | None = None
 
     def __call__(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """The batch with the columns text, confidence and error ("" where all went well)."""
         if self._transcriber is None:
-            self._transcriber = load_model(self._model)
-        sources = [bytes(one) if isinstance(one, bytes | bytearray) else str(one) for one in batch[self._column]]
+            self._transcriber = load_model(self._model, engine=self._engine)
+        values = (one["bytes"] or one["path"] if isinstance(one, Mapping) else one for one in batch[self._column])
+        sources = [bytes(one) if isinstance(one, bytes | bytearray) else str(one) for one in values]
         outcomes = [outcome for _, outcome in self._transcriber.outcomes(sources, options=self._options)]
         rows = [("", 0.0, str(o)) if isinstance(o, ArkASRError) else (o.text, o.confidence, "") for o in outcomes]
         kinds = {"text": str, "confidence": float, "error": str}  # also of no rows

@@ -12,6 +12,7 @@ pairs; padded frames are masked everywhere, so that a clip's numbers do not depe
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,16 @@ class Adapter(nn.Module):
         return merged
 
 
+class Cache(Protocol):
+    """Keeps keys and values between calls; `capacity` is how many positions of a row its `put` returns."""
+
+    capacity: int
+
+    def put(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k, v [B, kv heads, T, D] of positions [B, T]; returns all keys and values of the layer."""
+        ...
+
+
 class KVCache:
     """Keys and values of every decoder layer, [layers, B, kv heads, capacity, D], filled per row."""
 
@@ -196,7 +207,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
         positions: Tensor,
     ) -> Tensor:
@@ -233,15 +244,15 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, H] of embeddings x [B, T, H] at positions [B, T].
 
-        Without a cache the rows are right-padded and attention is causal, or as `mask` [B, 1, T, T] says. With a cache,
-        keys of earlier calls take part: a row attends to every cached position up to its own.
+        Without a cache the rows are right-padded and attention is causal. With a cache, keys of earlier calls take
+        part: a row attends to every cached position up to its own. A `mask` [B, 1, T, keys] replaces both rules.
         """
         cos, sin = rope_angles(positions, self.head_dim, self.rope_theta)
         rope = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # [B, 1, T, D/2]
-        if cache is not None:
+        if cache is not None and mask is None:
             keys = torch.arange(cache.capacity, device=x.device)
             mask = keys <= positions[:, None, :, None]  # [B, 1, T, capacity]
         for n, layer in enumerate(self.layers):

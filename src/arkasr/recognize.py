@@ -12,11 +12,12 @@ import numpy as np
 
 from arkasr import audio, guards, results, segment
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions, Engine, Generation
+from arkasr.errors import NoAnswerError
 from arkasr.results import Segment
 from arkasr.segment import Span
 from arkasr.text import TextRules
 
-RETRY_TEMPERATURE = 0.4
+RETRY_TEMPERATURE, WARMEST = 0.4, 1.0  # OpenAI's API takes no more than 1
 PADDING_SAMPLES = 4_800  # of silence, around a span of which nothing was heard
 CONFIRMING = 0.7  # part of the words that two hearings must share for one to confirm the other
 _log = logging.getLogger(__name__)
@@ -25,12 +26,15 @@ _log = logging.getLogger(__name__)
 class Recognizer:
     """An engine with the rules by which its words are believed."""
 
-    def __init__(self, engine: Engine, rules: TextRules, options: DecodeOptions, *, vad: bool) -> None:
-        """Without `vad`, spans are recognized however little speech was found in them."""
+    def __init__(self, engine: Engine, rules: TextRules | None, options: DecodeOptions, *, vad: bool) -> None:
+        """Rules are for engines that give ids; without `vad`, spans are recognized whatever speech is in them."""
         self._engine, self._rules, self._options, self._vad = engine, rules, options, vad
 
-    def segments(self, spans: Sequence[Span]) -> Iterator[tuple[list[Segment], dict[str, float]]]:
-        """The segments of each span, one but for those heard again in pieces, and its part of the network's time."""
+    def segments(self, spans: Sequence[Span]) -> Iterator[tuple[list[Segment], dict[str, float]] | NoAnswerError]:
+        """The segments of each span, one but for those heard again in pieces, and its part of the network's time.
+
+        Of a span that got no answer, why.
+        """
         spoken = [span for span in spans if not self._vad or span.has_speech]
         said = iter(self._engine.generate([span.waveform for span in spoken], self._options) if spoken else [])
         for span in spans:
@@ -40,25 +44,31 @@ class Recognizer:
                 yield [nothing], {}
                 continue
             generation = next(said)
-            once = self._segment(span, generation, self._options)
-            said_here = self._believed(span, once, generation) if self._options.guard else [once]
-            yield [self._spoken(segment) for segment in said_here], generation.timings_s
+            heard: tuple[list[Segment], dict[str, float]] | NoAnswerError
+            try:
+                once = self._segment(span, _answered(generation), self._options)
+                said_here = self._believed(span, once, generation) if self._options.guard else [once]
+                heard = [self._spoken(segment) for segment in said_here], generation.timings_s
+            except NoAnswerError as error:
+                heard = error
+            yield heard
 
     def _spoken(self, said: Segment) -> Segment:
         """The segment, without its text where nobody spoke."""
         speech = 1 - said.no_speech_probability
-        if not self._vad or not said.text or guards.is_spoken(speech, said.confidence):
+        confidence = said.confidence or guards.CONFIDENT  # where the engine tells none, the detector decides
+        if not self._vad or not said.text or guards.is_spoken(speech, confidence):
             return said
         return replace(said, text="", flags=(*said.flags, guards.NO_SPEECH))
 
     def _segment(self, span: Span, generation: Generation, options: DecodeOptions, *flags: str) -> Segment:
-        text = self._rules.to_text(list(generation.ids))
+        text = self._text(generation.ids) if generation.text is None else generation.text
         return Segment(
             start_s=span.first / audio.SAMPLE_RATE,
             end_s=span.last / audio.SAMPLE_RATE,
             text=text,
             tokens=generation.ids,
-            logprobs=generation.logprobs,
+            logprobs=generation.logprobs if generation.text is None else (),
             confidence=generation.confidence,
             no_speech_probability=1 - span.speech,
             compression_ratio=guards.compression_ratio(text),
@@ -66,11 +76,19 @@ class Recognizer:
             flags=flags,
         )
 
+    def _text(self, ids: Sequence[int]) -> str:
+        assert self._rules is not None
+        return self._rules.to_text(list(ids))
+
     def _doubts(self, said: Segment, generation: Generation, num_samples: int) -> tuple[str, ...]:
         if not said.text:
             return (guards.EMPTY,)
         asked = self._options.max_new_tokens
-        stopped = generation.stop_logprob is not None or (asked < MAX_NEW_TOKENS and len(generation.ids) >= asked)
+        stopped = (
+            generation.text is not None
+            or generation.stop_logprob is not None
+            or (asked < MAX_NEW_TOKENS and len(generation.ids) >= asked)
+        )
         return guards.doubts(said.text, generation.ids, num_samples, stopped=stopped)
 
     def _believed(self, span: Span, said: Segment, generation: Generation) -> list[Segment]:
@@ -80,7 +98,7 @@ class Recognizer:
             return [said]
         _log.info("%.2f s: %s; trying again", said.start_s, ", ".join(doubts))
         for windows, how in self._other_windows(span, doubts):
-            heard = self._engine.generate([window.waveform for window in windows], self._options)
+            heard = [*map(_answered, self._engine.generate([window.waveform for window in windows], self._options))]
             again = [self._segment(w, g, self._options, *doubts, how) for w, g in zip(windows, heard, strict=True)]
             if doubts == (guards.REPETITIVE,) and _confirms(said.text, results.join_texts(s.text for s in again)):
                 return [replace(said, flags=doubts)]
@@ -89,16 +107,23 @@ class Recognizer:
                 return again
         if doubts == (guards.EMPTY,):
             return [replace(said, flags=doubts)]
-        warmer = replace(self._options, temperature=max(RETRY_TEMPERATURE, 2 * self._options.temperature))
+        once = self._options.temperature
+        warmer = replace(self._options, temperature=max(RETRY_TEMPERATURE, once, min(2 * once, WARMEST)))
         (drawn,) = self._engine.generate([span.waveform], warmer)
-        sampled = self._segment(span, drawn, warmer, *doubts, guards.SAMPLED)
+        sampled = self._segment(span, _answered(drawn), warmer, *doubts, guards.SAMPLED)
         if not self._doubts(sampled, drawn, len(span.waveform)):
             return [sampled]
         confirmed = doubts == (guards.REPETITIVE,) and _confirms(said.text, sampled.text)
-        ids = list(generation.ids) if confirmed else guards.without_loop(generation.ids)
-        text = self._rules.to_text(ids)
-        cut = (guards.CUT,) if len(ids) < len(generation.ids) else ()
+        text = said.text if confirmed else self._without_loop(generation)
+        cut = (guards.CUT,) if text != said.text else ()
         return [replace(said, text=text, compression_ratio=guards.compression_ratio(text), flags=(*doubts, *cut))]
+
+    def _without_loop(self, generation: Generation) -> str:
+        if generation.text is None:
+            return self._text(guards.without_loop(generation.ids))
+        words = results.words(generation.text)
+        kept = guards.without_loop(words)
+        return generation.text if len(kept) == len(words) else results.join_texts(kept)
 
     def _other_windows(self, span: Span, doubts: tuple[str, ...]) -> Iterator[tuple[list[Span], str]]:
         """The span in silence, where nothing was heard in it; else its halves."""
@@ -107,6 +132,13 @@ class Recognizer:
             yield [replace(span, waveform=waveform)], guards.PADDED
         elif len(span.waveform) >= 2 * audio.SAMPLE_RATE:
             yield list(segment.halves(span)), guards.SPLIT
+
+
+def _answered(generation: Generation) -> Generation:
+    """What an engine said, if it did."""
+    if generation.failure is not None:
+        raise generation.failure
+    return generation
 
 
 def _confirms(text: str, other: str) -> bool:

@@ -23,7 +23,7 @@ class Segment:
         text: what was said; "" where nothing was, or nothing that could be believed.
         tokens: generated token ids without the stop id, before anything was cut off the text.
         logprobs: natural logarithm of each token's probability among the allowed ones, at temperature 1.
-        confidence: geometric mean probability of the tokens and the stop, in [0, 1].
+        confidence: geometric mean probability of the tokens and the stop, in [0, 1]; 0 where the engine tells none.
         no_speech_probability: 1 less the probability of speech by the voice activity detector.
         compression_ratio: bytes of the text over those of its zlib stream; repetitive text has much above 2.
         temperature: that it was decoded with.
@@ -80,6 +80,11 @@ class Transcript:
 # Scripts that write no spaces between words: Thai, kana, Han.
 SPACELESS = r"\u0e00-\u0e7f\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uff65"
 SPACELESS_CHARACTER = re.compile(rf"[{SPACELESS}]")
+
+
+def words(text: str) -> list[str]:
+    """Words, and characters of scripts that write no spaces; `join_texts` makes about the text of them again."""
+    return re.findall(rf"[{SPACELESS}]|[^{SPACELESS}\s]+", text)
 
 
 def join_texts(texts: Iterable[str]) -> str:

@@ -52,6 +52,13 @@ def bytes_of(token: str) -> bytes | None:
     return bytes(_BYTES[character] for character in token) if _BYTES.keys() >= set(token) else None
 
 
+def clean(text: str) -> str:
+    """Decoded text, cut at a turn token that was spelled with ordinary ones, folded, leading punctuation dropped."""
+    for token in CUT_AT:
+        text = text.split(token, 1)[0]
+    return " ".join(text.split()).lstrip(LEADING_JUNK)
+
+
 class TextRules:
     """The tokenizer of one checkpoint with ARK's rules on top of it."""
 
@@ -92,10 +99,7 @@ class TextRules:
     def to_text(self, ids: list[int]) -> str:
         """Transcript of generated ids: cut at the first turn token, white space folded, leading punctuation dropped."""
         cut_ids = {self.special_ids[token] for token in CUT_AT}
-        text = self._tokenizer.decode(list(takewhile(lambda token_id: token_id not in cut_ids, ids)))
-        for token in CUT_AT:  # also where it was spelled with ordinary tokens
-            text = text.split(token, 1)[0]
-        return " ".join(text.split()).lstrip(LEADING_JUNK)
+        return clean(self._tokenizer.decode(list(takewhile(lambda token_id: token_id not in cut_ids, ids))))
 
     def same_tokens(self, other: "TextRules") -> bool:
         """Whether every id that may be emitted, the prompt and the stop ids are the other's; the padding may differ."""

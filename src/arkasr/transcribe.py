@@ -24,7 +24,7 @@ from arkasr import audio, checkpoint, engines, segment
 from arkasr.audio import AudioSource, Readable, Waveform
 from arkasr.engines import DecodeOptions, Dtype, Engine, EngineName
 from arkasr.engines.shared import Turns
-from arkasr.errors import ArkASRError, AudioError, UsageError
+from arkasr.errors import ArkASRError, AudioError, NoAnswerError, UsageError
 from arkasr.recognize import Recognizer, joined
 from arkasr.results import Segment, Transcript
 from arkasr.segment import Span
@@ -54,9 +54,9 @@ class _Piece:
 
 
 class Transcriber:
-    """A recognizer: an engine and the token rules of its checkpoint."""
+    """A recognizer: an engine and the token rules of its checkpoint, if it gives ids."""
 
-    def __init__(self, engine: Engine, rules: TextRules, *, turns: Turns | None = None) -> None:
+    def __init__(self, engine: Engine, rules: TextRules | None = None, *, turns: Turns | None = None) -> None:
         """Most callers want `load_model`; with `turns`, audio is decoded and cut in turn with others."""
         self.engine = engine
         self.rules = rules
@@ -89,6 +89,7 @@ class Transcriber:
 
         Raises:
             AudioError: a recording cannot be read.
+            NoAnswerError: an endpoint did not answer to a part of it.
         """
         if isinstance(audio, str | os.PathLike | bytes | Readable) or _is_array(audio):
             return next(self._transcripts([audio], options, vad, batch_size))  # type: ignore[list-item]
@@ -138,6 +139,7 @@ class Transcriber:
 
         Raises:
             AudioError: it cannot be read, or not to its end.
+            NoAnswerError: an endpoint did not answer to a part of it.
         """
         for _, content in self._heard([source], options, vad, batch_size):
             if isinstance(content, ArkASRError):
@@ -154,22 +156,33 @@ class Transcriber:
         recognizer = Recognizer(self.engine, self.rules, options, vad=vad)
         before: Span | None = None
         held: list[Segment] = []  # the last segment: words of a span that overlaps may yet be cut off it
+        lost = False  # whether one of its spans got no answer: that was told, and the rest of it is dropped
         with _Ahead(_pieces(sources, vad, self._turns), size=2 * batch_size) as ahead:
             while pieces := ahead.take(batch_size):
-                spans = [piece.content for piece in pieces if isinstance(piece.content, Span)]
-                heard = iter(recognizer.segments(spans))
+                if lost:  # no more is asked of it
+                    left = (n for n, piece in enumerate(pieces) if not isinstance(piece.content, Span))
+                    pieces = pieces[next(left, len(pieces)) :]
+                heard = recognizer.segments([piece.content for piece in pieces if isinstance(piece.content, Span)])
                 for piece in pieces:
-                    if not isinstance(piece.content, Span):
-                        if held:
-                            yield piece.source, (held, {})
-                        held, before = [], None
-                        yield piece.source, piece.content
+                    content = next(heard) if isinstance(piece.content, Span) else piece.content
+                    if lost:
+                        lost = isinstance(piece.content, Span)
                         continue
-                    segments, spent_s = next(heard)
-                    if before is not None and piece.content.overlap:
-                        held, segments = joined(held, segments, before, piece.content)
-                    yield piece.source, (held, spent_s)
-                    held, before = segments, piece.content
+                    if isinstance(content, tuple):
+                        assert isinstance(piece.content, Span)
+                        segments, spent_s = content
+                        if before is not None and piece.content.overlap:
+                            held, segments = joined(held, segments, before, piece.content)
+                        yield piece.source, (held, spent_s)
+                        held, before = segments, piece.content
+                        continue
+                    if held:
+                        yield piece.source, (held, {})
+                    held, before = [], None
+                    if isinstance(piece.content, Span):
+                        lost, first_s = True, piece.content.start / audio.SAMPLE_RATE
+                        content = NoAnswerError(f"{audio.describe(piece.source)}: from {first_s:.2f} s: {content}")
+                    yield piece.source, content
 
 
 def _pieces(sources: Iterable[AudioSource], vad: bool, turns: Turns) -> Iterator[_Piece]:

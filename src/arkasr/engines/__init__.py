@@ -13,14 +13,15 @@ import numpy.typing as npt
 from arkasr import guards
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.checkpoint import Checkpoint
-from arkasr.errors import MissingExtraError, UsageError
+from arkasr.errors import MissingExtraError, NoAnswerError, UsageError
 
 _log = logging.getLogger(__name__)
 
-EngineName = Literal["auto", "pytorch", "onnx"]
+EngineName = Literal["auto", "pytorch", "onnx", "vllm", "openai"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
 MAX_NEW_TOKENS = 256
+PARALLEL, ANSWER_S = 8, 600.0  # of an endpoint: clips at a time, and most seconds for each
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30  # beyond, float32 overflows to NaN
 # Real speech stays below about 10 tokens a second in all 19 languages; more is a loop.
 TOKENS_PER_S = 10
@@ -75,16 +76,20 @@ class Generation:
         logprobs: natural logarithm of each id's probability among the allowed tokens, at temperature 1.
         stop_logprob: the same of the stop id; None when the token cap or a loop ended the clip.
         timings_s: wall seconds of each stage; of a stage that clips of a batch share, this clip's part.
+        text: of an engine that gives text and no ids; it may give the logprobs of that text's own tokens.
+        failure: why this clip, and perhaps this one alone, got no answer; engines on this machine always answer.
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop_logprob: float | None
     timings_s: dict[str, float] = field(default_factory=dict)
+    text: str | None = None
+    failure: NoAnswerError | None = None
 
     @property
     def confidence(self) -> float:
-        """Geometric mean probability of the tokens and the stop, in [0, 1]."""
+        """Geometric mean probability of the tokens and the stop, in [0, 1]; 0 where the engine tells none."""
         logprobs = [*self.logprobs, *([] if self.stop_logprob is None else [self.stop_logprob])]
         return math.exp(min(0.0, sum(logprobs) / len(logprobs))) if logprobs else 0.0
 
@@ -105,12 +110,14 @@ class Clip:
         waveform: of at least one mel frame and at most 30 s.
         options: how to decode it.
         mel: its log-mel, once it is prepared.
+        encoded: what is sent of it, once it is prepared, by an engine elsewhere.
         timings_s: wall seconds spent on it so far; of a stage that clips share, its part.
     """
 
     waveform: Waveform
     options: DecodeOptions
     mel: npt.NDArray[np.float32] | None = None
+    encoded: bytes | None = None
     timings_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -155,21 +162,28 @@ def load_engine(
 
     Args:
         source: the checkpoint.
-        name: "auto", "onnx" or "pytorch".
+        name: "auto", "onnx", "pytorch" or "vllm".
         device: "auto", "cpu", "cuda" or "cuda:N"; onnx runs on the CPU.
-        dtype: "auto" is int8, or whatever an export is, for onnx, and float32 for pytorch.
+        dtype: "auto" is int8, or whatever an export is, for onnx, float32 for pytorch, and as vLLM's
+            engine says for vllm.
         report: takes a line when something takes long, such as the first conversion for onnx.
 
     Raises:
         MissingExtraError: the engine's packages are not installed.
         UsageError: no such engine, device or dtype, or they do not go together.
     """
-    if name not in ("auto", "onnx", "pytorch"):
-        raise UsageError(f"engine {name!r}: no such engine; use auto, onnx or pytorch")
+    if name == "openai":
+        raise UsageError("engine openai has no checkpoint; give a base URL: Transcriber(OpenAIEngine(URL, MODEL))")
+    if name not in ("auto", "onnx", "pytorch", "vllm"):
+        raise UsageError(f"engine {name!r}: no such engine; use auto, onnx, pytorch, vllm or openai")
     if name == "auto":
         name = "pytorch" if source.shards and _is_for_pytorch(device, dtype) else "onnx"
     if name == "onnx":
         return _load_onnx(source, device=device, dtype=dtype, report=report)
+    if name == "vllm":
+        from arkasr.engines.vllm import VllmEngine
+
+        return VllmEngine.load(source, device=device, dtype=dtype)
     try:
         from arkasr.engines.pytorch import PyTorchEngine
     except ImportError as error:

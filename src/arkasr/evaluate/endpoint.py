@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from arkasr.audio import SAMPLE_RATE, Waveform
-from arkasr.endpoint import TIMEOUT_S, TRANSCRIPTIONS, TRIES, Client, NoAnswerError, encode
-from arkasr.errors import UsageError, quoted
+from arkasr.endpoint import TIMEOUT_S, TRANSCRIPTIONS, TRIES, Client, encode
+from arkasr.errors import NoAnswerError, UsageError, quoted
 from arkasr.evaluate.systems import Heard, charged
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from arkasr import audio, files, hub, pins, segment
 from arkasr.audio import Waveform
 from arkasr.engines import DecodeOptions, Dtype, EngineName
-from arkasr.errors import UsageError
+from arkasr.errors import NoAnswerError, UsageError
 from arkasr.recognize import Recognizer, joined
 from arkasr.results import Segment, Transcript
 from arkasr.segment import Span
@@ -133,25 +133,28 @@ class OwnSystem:
         said = self._segments([span for found in spans if found for span in found])
         return charged([_heard(w, found, said) for w, found in zip(batch, spans, strict=True)], since)
 
-    def _segments(self, spans: Sequence[Span]) -> Iterator[list[Segment]]:
+    def _segments(self, spans: Sequence[Span]) -> Iterator[list[Segment] | NoAnswerError]:
         for start in range(0, len(spans), self._batch_size):
-            for segments, _ in self._recognizer.segments(spans[start : start + self._batch_size]):
-                yield segments
+            for heard in self._recognizer.segments(spans[start : start + self._batch_size]):
+                yield heard if isinstance(heard, NoAnswerError) else heard[0]
 
 
 def _published(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if files.is_published(path.name)]
 
 
-def _heard(waveform: Waveform, spans: Sequence[Span] | None, said: Iterator[list[Segment]]) -> Heard:
+def _heard(waveform: Waveform, spans: Sequence[Span] | None, said: Iterator[list[Segment] | NoAnswerError]) -> Heard:
     """What a clip's spans said, words that two of them heard once."""
     if spans is None:
         return Heard("", 0.0, error=f"{len(waveform)} samples, less than one frame of 10 ms; nothing to hear")
     segments: list[Segment] = []
     before: Span | None = None
     held: list[Segment] = []
-    for span in spans:
-        now = next(said)
+    answers = [next(said) for _ in spans]
+    for span, answer in zip(spans, answers, strict=True):
+        if isinstance(answer, NoAnswerError):
+            return Heard("", 0.0, error=str(answer))
+        now = answer
         if before is not None and span.overlap:
             held, now = joined(held, now, before, span)
         segments += held

@@ -103,9 +103,9 @@ def _add_pages(app: FastAPI, service: Service) -> None:
         "/ready", summary="Whether requests are answered at once", responses=answers(403, 500, kind=Ready) | _NOT_READY
     )
     async def ready() -> Response:
-        """503 while the first model is being loaded, and while the server is being stopped."""
-        state = {"ready": service.is_ready, "models": service.models.state()}
-        return JSONResponse(state, 200 if service.is_ready else 503)
+        """503 while the first model is being loaded, its back end does not answer, or the server is being stopped."""
+        is_ready, models = await service.ready()
+        return JSONResponse({"ready": is_ready, "models": models}, 200 if is_ready else 503)
 
     @app.get("/metrics", summary="Prometheus metrics", responses=answers(*SHARED, text=("text/plain",)))
     async def metrics(request: Request) -> Response:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 _JSON = "application/json"
 SHARED = (401, 403, 500)  # of every route that needs a key
-AUDIO = (400, 401, 403, 408, 413, 415, 429, 500, 503, 504)  # of every route that hears audio
+AUDIO = (400, 401, 403, 408, 413, 415, 429, 500, 502, 503, 504)  # of every route that hears audio
 
 
 class _Exact(BaseModel):
@@ -105,7 +105,7 @@ class Asr(_Exact):
 
     text: str
     latency_s: float
-    prompt_tokens: int
+    prompt_tokens: int | None
 
 
 class SttSegment(_Exact):
@@ -133,7 +133,7 @@ class Ready(_Exact):
     """/ready."""
 
     ready: bool
-    models: dict[str, Literal["ready", "unloaded"]]
+    models: dict[str, Literal["ready", "unloaded", "unreachable"]]
 
 
 def answers(*statuses: int, kind: Any = None, text: tuple[str, ...] = ()) -> dict[int | str, dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""The models of a server: loaded when first asked for, shared by all requests, freed after a time without any."""
+"""The models of a server: loaded when first asked for, shared by all requests, freed after a time without any.
+
+Those of a back end are names, and nothing is loaded.
+"""
 
 import asyncio
 import gc
@@ -13,26 +16,37 @@ from arkasr import engines, hub
 from arkasr.checkpoint import Checkpoint, open_checkpoint
 from arkasr.engines.shared import Observe, SharedEngine, Turns
 from arkasr.errors import UsageError
+from arkasr.server.backend import BackEnd, RemoteEngine
 from arkasr.server.openai import Refusal
 from arkasr.server.settings import Settings
 from arkasr.text import TextRules
 
+BATCH_SIZE = 4  # spans that a request asks for at once; the engine fills its rows with those of others
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory."""
+    """A model in memory, or at a back end.
+
+    Attributes:
+        name: its own.
+        shared: what recognizes.
+        rules: of its tokens; None at a back end, which tells none.
+        batch_size: spans that a request asks for at once.
+    """
 
     name: str
     shared: SharedEngine
-    rules: TextRules
+    rules: TextRules | None
+    batch_size: int = BATCH_SIZE
 
 
 @dataclass
 class _Place:
-    """Where a model is, or will be."""
+    """Where a model is, or will be: here, or at the back end."""
 
     name: str
-    source: Checkpoint
+    source: Checkpoint | RemoteEngine
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     loaded: Loaded | None = None
     users: int = 0
@@ -48,12 +62,17 @@ class Models:
         Raises:
             ModelNotFoundError: one is neither here nor to be had.
             CheckpointMismatchError: one is damaged.
-            UsageError: an alias names no model.
+            UsageError: an alias names no model, or settings do not go together.
         """
+        settings.check_engine()
         self._settings, self._observe = settings, observe
+        self._back_end = _back_end(settings)
         self._turns = Turns(max(1, (os.cpu_count() or 2) - 1))  # for all requests; an engine has the other core
         names = list(dict.fromkeys(settings.model or [hub.default_model()]))
-        self._places = {short_name(name): _Place(short_name(name), _opened(name, settings)) for name in names}
+        if self._back_end is None:
+            self._places = {short_name(name): _Place(short_name(name), _opened(name, settings)) for name in names}
+        else:
+            self._places = {name: _Place(name, self._back_end.engine(name)) for name in names}
         if len(self._places) < len(names):
             raise UsageError(f"model: two of {', '.join(names)} have the same name; rename a folder")
         self._aliases: dict[str, str] = {}
@@ -89,6 +108,10 @@ class Models:
             )
         return name
 
+    def is_here(self, name: str) -> bool:
+        """Whether a model, by its own name, is of this machine, and not of a back end."""
+        return isinstance(self._places[name].source, Checkpoint)
+
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Loaded]:
         """A model, loaded while it is used."""
@@ -114,8 +137,10 @@ class Models:
             del loaded
             gc.collect()
 
-    def state(self) -> dict[str, str]:
-        """Of each model, whether it is loaded."""
+    async def state(self) -> dict[str, str]:
+        """Of each model, whether it is loaded; of a back end's, whether that answers."""
+        if self._back_end is not None and not await self._back_end.lives():
+            return dict.fromkeys(self._places, "unreachable")
         return {name: "ready" if place.loaded else "unloaded" for name, place in self._places.items()}
 
     def num_waiting(self) -> int:
@@ -127,18 +152,32 @@ class Models:
         for place in self._places.values():
             if place.loaded is not None:
                 place.loaded.shared.close()
+            if isinstance(place.source, RemoteEngine):
+                place.source.close()
 
     def _load(self, place: _Place) -> Loaded:
-        source, settings = place.source, self._settings
+        source, settings, observe = place.source, self._settings, self._observe(place.name)
+        if isinstance(source, RemoteEngine):
+            return Loaded(place.name, SharedEngine(source, turns=self._turns, observe=observe), None, source.parallel)
         engine = engines.load_engine(source, name=settings.engine, device=settings.device, dtype=settings.dtype)
-        return Loaded(
-            place.name, SharedEngine(engine, turns=self._turns, observe=self._observe(place.name)), source.rules
-        )
+        return Loaded(place.name, SharedEngine(engine, turns=self._turns, observe=observe), source.rules)
 
 
 def short_name(model: str) -> str:
     """What clients call a model: a built-in or hub name as it is, the last part of a folder's path."""
     return Path(model).name if Path(model).is_dir() else model
+
+
+def _back_end(settings: Settings) -> BackEnd | None:
+    if settings.engine != "openai":
+        return None
+    assert settings.base_url is not None
+    return BackEnd(
+        settings.base_url,
+        key_variable=settings.api_key_env,
+        parallel=settings.parallel,
+        request_s=settings.request_timeout_s,
+    )
 
 
 def _opened(name: str, settings: Settings) -> Checkpoint:

@@ -18,13 +18,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from arkasr import audio
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
 from arkasr.engines.shared import EngineClosedError
-from arkasr.errors import ArkASRError, AudioError, MissingExtraError, quoted
+from arkasr.errors import ArkASRError, AudioError, MissingExtraError, NoAnswerError, quoted
 from arkasr.results import DEFAULT_SUBTITLES, WRITERS, Segment, Transcript, added, segment_record
 from arkasr.server.accounts import LimitError, decimal_text
 from arkasr.server.telemetry import log
 from arkasr.text import TextRules
 
 IGNORED = "x-arkasr-ignored"
+RETRY_AFTER = {"retry-after": "5"}
 
 
 class Refusal(ArkASRError):  # noqa: N818 - what the server does, not what went wrong
@@ -67,6 +68,9 @@ def refusal_of(error: ArkASRError) -> Refusal:
             return Refusal(400, str(error), code="invalid_audio", param="file")
         case EngineClosedError():
             return Refusal(503, str(error), code="shutting_down")
+        case NoAnswerError():
+            log.error("back end: %s", error)  # it may name the address, and quote what it said: not for strangers
+            return Refusal(502, "the back end gave no answer; try again", code="upstream_failed", headers=RETRY_AFTER)
         case _:
             log.error("%s", error)
             return Refusal(500, "the server cannot do this now; its log says why", code="server_error")
@@ -228,6 +232,25 @@ def _refuse_unsupported(parameters: Parameters) -> None:
         refuse("stream", f"stream: events are no {kind}; leave response_format out, or stream")
 
 
+def refuse_at_back_end(options: DecodeOptions, include: Sequence[str] = ()) -> None:
+    """Raise a Refusal of what a model at a back end, which tells its text alone, cannot be asked for."""
+    for param, asked in (
+        ("include", "logprobs" in include),
+        ("max_new_tokens", options.max_new_tokens != MAX_NEW_TOKENS),
+        ("temperature", options.temperature > 1),
+    ):
+        if asked:
+            message = f"{param}: the model runs at a back end, which {_AT_BACK_END[param]}"
+            raise Refusal(400, message, code="unsupported_parameter", param=param)
+
+
+_AT_BACK_END = {
+    "include": "does not tell its tokens; leave logprobs out",
+    "max_new_tokens": "counts its tokens itself; leave it out",
+    "temperature": "takes 0 to 1",
+}
+
+
 @dataclass(frozen=True)
 class Bill:
     """What a request used.
@@ -266,7 +289,7 @@ class Bill:
         return {} if self.cost is None else {"cost": decimal_text(self.cost)}
 
 
-def body(transcript: Transcript, parameters: Parameters, bill: Bill, rules: TextRules) -> tuple[str, str]:
+def body(transcript: Transcript, parameters: Parameters, bill: Bill, rules: TextRules | None) -> tuple[str, str]:
     """A whole response in the format that was asked for, and its media type."""
     match parameters.response_format:
         case "json":
@@ -294,11 +317,12 @@ def body(transcript: Transcript, parameters: Parameters, bill: Bill, rules: Text
 
 def _segment(number: int, segment: Segment) -> dict[str, Any]:
     record = segment_record(number, segment)
-    return {**record, "avg_logprob": record["avg_logprob"] or 0.0}
+    return {**record, "avg_logprob": record["avg_logprob"] or 0.0}  # the client's type wants a number
 
 
-def logprobs(segments: Iterable[Segment], rules: TextRules) -> list[dict[str, Any]]:
+def logprobs(segments: Iterable[Segment], rules: TextRules | None) -> list[dict[str, Any]]:
     """Each generated token with its bytes and the natural logarithm of its probability."""
+    assert rules is not None, "refused before"
     tokens = ((token, logprob) for s in segments for token, logprob in zip(s.tokens, s.logprobs, strict=True))
     spelled = ((rules.token_bytes(token), logprob) for token, logprob in tokens)
     return [{"token": raw.decode(errors="replace"), "bytes": list(raw), "logprob": logprob} for raw, logprob in spelled]
@@ -307,7 +331,8 @@ def logprobs(segments: Iterable[Segment], rules: TextRules) -> list[dict[str, An
 class Events:
     """The server-sent events of one transcription."""
 
-    def __init__(self, parameters: Parameters, rules: TextRules) -> None:
+    def __init__(self, parameters: Parameters, rules: TextRules | None) -> None:
+        """Without rules, usage is seconds, for nobody knows the tokens."""
         self._parameters, self._rules = parameters, rules
         self._text = ""
         self._number = 0
@@ -331,7 +356,8 @@ class Events:
         event: dict[str, Any] = {"type": "transcript.text.done", "text": transcript.text}
         if "logprobs" in self._parameters.include:
             event["logprobs"] = logprobs(transcript.segments, self._rules)
-        return _event({**event, "usage": bill.by_tokens(transcript)})
+        usage = bill.by_duration() if self._rules is None else bill.by_tokens(transcript)
+        return _event({**event, "usage": usage})
 
     @staticmethod
     def failed(refusal: Refusal) -> str:

@@ -12,13 +12,11 @@ from pathlib import Path
 from arkasr import audio
 from arkasr.audio import Waveform
 from arkasr.engines import DecodeOptions
-from arkasr.engines.shared import SharedEngine
 from arkasr.errors import ArkASRError
 from arkasr.results import Segment, Transcript
-from arkasr.text import TextRules
+from arkasr.server.models import Loaded
 from arkasr.transcribe import Transcriber
 
-BATCH_SIZE = 4  # spans that a request asks for at once; the engine fills its rows with those of others
 PATIENCE_S = 15.0  # proxies cut connections of which they hear nothing for a minute
 NAME = "the audio"  # what errors call an upload, whose own name is not to be trusted
 
@@ -47,10 +45,10 @@ class Task:
 class Recognition:
     """A task at work in a thread."""
 
-    def __init__(self, task: Task, shared: SharedEngine, rules: TextRules) -> None:
+    def __init__(self, task: Task, loaded: Loaded) -> None:
         """Begin at once, in a thread of the running loop's executor."""
-        self._task, self._rules = task, rules
-        self._caller, self._turns = shared.caller(), shared.turns
+        self._task, self._loaded = task, loaded
+        self._caller = loaded.shared.caller()
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Segment | BaseException | None] = asyncio.Queue()
         self._cancelled: ArkASRError | None = None
@@ -103,10 +101,11 @@ class Recognition:
     def _run(self) -> None:
         last: BaseException | None = None
         try:
-            transcriber = Transcriber(self._caller, self._rules, turns=self._turns)
+            loaded, options = self._loaded, self._task.options
+            transcriber = Transcriber(self._caller, loaded.rules, turns=loaded.shared.turns)
             with contextlib.closing(self._blocks()) as blocks:  # with the file, and not when garbage is collected
                 source = audio.Blocks(NAME, blocks)
-                for segment in transcriber.segments(source, options=self._task.options, batch_size=BATCH_SIZE):
+                for segment in transcriber.segments(source, options=options, batch_size=loaded.batch_size):
                     self._put(segment)
         except BaseException as error:  # noqa: BLE001 - the request that awaits the segments must hear of it
             last = error

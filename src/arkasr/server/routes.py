@@ -75,6 +75,8 @@ async def _transcribe(request: Request, receive: Receive, send: Send) -> None:
         with await service.upload(visit, request) as upload:
             parameters = openai.read_parameters(upload.fields)
             model = service.allowed_model(visit, parameters.model)
+            if not service.models.is_here(model):
+                openai.refuse_at_back_end(parameters.options, parameters.include)
             if parameters.ignored:
                 visit.headers[openai.IGNORED] = ", ".join(parameters.ignored)
             recognition = service.recognition(visit, upload, receive, model=model, options=parameters.options)
@@ -194,10 +196,12 @@ async def _asr(request: Request, receive: Receive, send: Send) -> None:
         with await service.upload(visit, request) as upload:
             fields = openai.validated(AsrFields, upload.fields)
             model = service.allowed_model(visit, service.models.default)
+            options = DecodeOptions(fields.max_new_tokens, fields.temperature, fields.seed)
+            if not service.models.is_here(model):
+                openai.refuse_at_back_end(options)
             begin_s = max(0.0, fields.begin_time)
             recognition = service.recognition(
-                visit, upload, receive, model=model,
-                options=DecodeOptions(fields.max_new_tokens, fields.temperature, fields.seed),
+                visit, upload, receive, model=model, options=options,
                 begin_s=begin_s, end_s=fields.end_time if 0 <= begin_s < fields.end_time else float("inf"),
             )  # fmt: skip
             async with recognition as (heard, loaded):
@@ -206,18 +210,21 @@ async def _asr(request: Request, receive: Receive, send: Send) -> None:
                 record = {
                     "text": transcript.text,
                     "latency_s": time.perf_counter() - started,
-                    "prompt_tokens": len(loaded.rules.prompt_ids(num_tokens)),
+                    "prompt_tokens": loaded.rules and len(loaded.rules.prompt_ids(num_tokens)),
                 }
                 await _send_whole(send, visit, json.dumps(record, ensure_ascii=False), "application/json")
                 await service.charge(visit, model, heard)
 
 
-@router.get("/token-mask", summary="Which tokens may be generated", responses=answers(*SHARED, 503))
+@router.get("/token-mask", summary="Which tokens may be generated", responses=answers(404, *SHARED, 503))
 async def token_mask(request: Request) -> dict[str, Any]:
     """Counts of the default model's vocabulary, and what becomes of ARK's special tokens."""
     service = service_of(request)
     service.authenticate(request)
     async with service.models.use(service.models.default) as loaded:
+        if loaded.rules is None:
+            message = "token-mask: the model runs at a back end, which does not tell its tokens"
+            raise Refusal(404, message, code="not_supported")
         allowed = loaded.rules.allowed_ids
         states = {
             token: {"id": token_id, "blocked": not allowed[token_id], "allowed": bool(allowed[token_id])}

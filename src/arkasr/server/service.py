@@ -22,7 +22,7 @@ from arkasr.server import uploads
 from arkasr.server.accounts import Accounts, Admission
 from arkasr.server.keys import KEYS, Key, Keyring
 from arkasr.server.models import Loaded, Models
-from arkasr.server.openai import Bill, Refusal
+from arkasr.server.openai import RETRY_AFTER, Bill, Refusal
 from arkasr.server.recognition import Recognition, Task
 from arkasr.server.settings import Settings
 from arkasr.server.telemetry import Metrics, log
@@ -31,7 +31,6 @@ from arkasr.server.uploads import Upload
 HEARTBEAT_S = 4.0
 TICK_S = 1.0
 REFUSAL_S = 1.0  # that a client waits to hear that the server is full, lest those who ask again at once fill the time
-RETRY_AFTER = {"retry-after": "5"}
 
 
 @dataclass
@@ -128,12 +127,12 @@ class Service:
             except UsageError as error:
                 log.error("%s", error)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the first model is in memory, and requests are taken."""
+    async def ready(self) -> tuple[bool, dict[str, str]]:
+        """Whether requests are taken and the first model is in memory, or its back end answers; and models' states."""
+        states = await self.models.state()
         return not self.stopping and (
-            self.models.state()[self.models.default] == "ready" or self.settings.unload_after_s > 0
-        )
+            states[self.models.default] == "ready" or self.settings.unload_after_s > 0
+        ), states
 
     def stop_soon(self) -> None:
         """Take no more requests; those that run have `shutdown_s` left. May be called by a signal's handler."""
@@ -243,7 +242,7 @@ class Service:
         """A recognition that ends when the client goes, the deadline comes, or the block is left."""
         task = Task(upload.source, options, self.settings.limits, begin_s, end_s, self._reserve(visit))
         async with self.models.use(model) as loaded:
-            recognition = Recognition(task, loaded.shared, loaded.rules)
+            recognition = Recognition(task, loaded)
             self._in_work.add(recognition)
             timer = asyncio.get_running_loop().call_later(
                 max(0.0, visit.deadline - time.monotonic()), recognition.cancel, _late()

@@ -1,5 +1,6 @@
 """All that can be set about the server: as a flag, in the environment, or in a file; the first of these counts."""
 
+import importlib.util
 import ipaddress
 import os
 import tomllib
@@ -19,7 +20,7 @@ from pydantic_settings import (
 
 from arkasr import audio
 from arkasr.engines import Dtype, EngineName
-from arkasr.errors import UsageError
+from arkasr.errors import MissingExtraError, UsageError
 from arkasr.server import default_state
 from arkasr.server.fetch import UrlPolicy
 
@@ -44,7 +45,10 @@ class Settings(BaseSettings):
         [], description="0.6b, 3b, tiny, ORG/NAME@COMMIT or a folder; again for several; default as `transcribe`"
     )
     alias: list[str] = Field([], description="NAME=MODEL: answer to another name, such as whisper-1=0.6b")
-    engine: EngineName = Field("auto", description="what runs the network")
+    engine: EngineName = Field("auto", description="what runs the network; openai: the endpoint of --base-url")
+    base_url: str | None = Field(None, description="engine openai: http://HOST/v1, where models of --model are served")
+    api_key_env: str | None = Field(None, description="engine openai: environment variable with the endpoint's API key")
+    parallel: Count | None = Field(None, description="engine openai: requests at once, of each model and process; 8")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Dtype = Field("auto", description="precision; auto is int8 on a CPU")
     offline: bool = Field(False, description="make no network call for models")
@@ -81,6 +85,36 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    def check_engine(self) -> None:
+        """Refuse what does not go together with the engine.
+
+        Raises:
+            UsageError: a setting that is for another one.
+            MissingExtraError: vLLM is not installed.
+        """
+        remote = {"--base-url": self.base_url, "--api-key-env": self.api_key_env, "--parallel": self.parallel}
+        here = {
+            "--device": self.device != "auto",
+            "--dtype": self.dtype != "auto",
+            "--unload-after-s": self.unload_after_s > 0,
+        }
+        if self.engine == "openai":
+            if self.base_url is None or not self.model:
+                raise UsageError("engine openai: give --base-url http://HOST/v1, and --model as it is called there")
+            if wrong := [flag for flag, given in here.items() if given]:
+                raise UsageError(
+                    f"{', '.join(wrong)}: not with engine openai, whose models are elsewhere; leave it out"
+                )
+        elif wrong := [flag for flag, given in remote.items() if given is not None]:
+            raise UsageError(f"{', '.join(wrong)}: only with --engine openai; this one is {self.engine}")
+        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise MissingExtraError("engine vllm: vLLM is not installed; pip install 'arkasr[vllm]'")
+        if self.engine == "vllm" and self.workers > 1:
+            raise UsageError(
+                "--workers: engine vllm is one process, for each would take the whole device; leave it out, or put "
+                "this server, with --engine openai, in front of `vllm serve`"
+            )
 
     @property
     def url_policy(self) -> UrlPolicy:

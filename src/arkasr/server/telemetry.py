@@ -36,6 +36,9 @@ class Metrics:
         self.audio_s = Counter("arkasr_audio_seconds", "Audio transcribed.", ["model"], registry=registry)
         self.tokens = Counter("arkasr_tokens", "Tokens generated.", ["model"], registry=registry)
         self.clips = Counter("arkasr_clips", "Clips decoded.", ["model"], registry=registry)
+        self.failed = Counter(
+            "arkasr_clips_failed", "Clips to which the back end gave no answer.", ["model"], registry=registry
+        )
         self.in_work = Gauge(
             "arkasr_requests_in_work", "Requests admitted.", registry=registry, multiprocess_mode="livesum"
         )
@@ -45,11 +48,11 @@ class Metrics:
 
     def observer(self, model: str) -> Observe:
         """What an engine's `observe` shall be."""
-        tokens, clips = self.tokens.labels(model), self.clips.labels(model)
+        tokens, clips, failed = (one.labels(model) for one in (self.tokens, self.clips, self.failed))
 
         def observe(_clip: Clip, generation: Generation) -> None:
             tokens.inc(len(generation.ids))
-            clips.inc()
+            (clips if generation.failure is None else failed).inc()
             for stage, seconds in generation.timings_s.items():
                 self.stage_s.labels(stage).observe(seconds)
 

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from arkasr import audio, checkpoint, endpoint, files, guards
 from arkasr.audio import SAMPLE_RATE, AudioSource, Waveform
 from arkasr.data import Utterance
-from arkasr.endpoint import KEY_VARIABLE, Client, NoAnswerError
+from arkasr.endpoint import KEY_VARIABLE, Client
 from arkasr.engines import Dtype
-from arkasr.errors import AudioError, quoted
+from arkasr.errors import AudioError, NoAnswerError, quoted
 from arkasr.results import Transcript
 from arkasr.transcribe import load_model
 

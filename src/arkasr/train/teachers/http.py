@@ -19,8 +19,8 @@ import torch
 
 from arkasr import endpoint
 from arkasr.audio import SAMPLE_RATE, Waveform
-from arkasr.endpoint import KEY_VARIABLE, Client, NoAnswerError
-from arkasr.errors import UsageError, quoted
+from arkasr.endpoint import KEY_VARIABLE, Client
+from arkasr.errors import NoAnswerError, UsageError, quoted
 from arkasr.text import INSTRUCTION, TextRules
 from arkasr.train.teachers import Capabilities, Request, Scores, language_name
 from arkasr.train.teachers.qwen import ASR_TEXT, told
