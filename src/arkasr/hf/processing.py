@@ -163,18 +163,17 @@ def fetch(name: str | os.PathLike[str], **options: Any) -> Path:
     """The folder with config.json and tokenizer of a folder or hub id, by Transformers' own cache.
 
     Raises:
-        ModelNotFoundError: there is no config.json.
+        ModelNotFoundError: there is neither.
     """
     kept = {option: options[option] for option in HUB_OPTIONS if option in options}
     if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return Path(name, kept.get("subfolder") or "")
-    found = {
-        file: cached_file(name, file, **kept, _raise_exceptions_for_missing_entries=False)
-        for file in (files.CONFIG, *TOKENIZER_FILES)
-    }
-    if found[files.CONFIG] is None:
+    wanted = (files.CONFIG, *TOKENIZER_FILES)
+    found = [cached_file(name, file, **kept, _raise_exceptions_for_missing_entries=False) for file in wanted]
+    folders = {Path(path).parent for path in found if path is not None}  # one, of the one commit
+    if not folders:
         raise ModelNotFoundError(f"{name}: no {files.CONFIG}; give a folder or hub id in the published layout")
-    return Path(found[files.CONFIG]).parent
+    return folders.pop()
 
 
 def load_rules(folder: Path, config: ModelConfig) -> TextRules:
