@@ -1,6 +1,7 @@
 """An engine elsewhere: whatever its endpoint does, each clip gets its own text or a reason, once, in bounded time."""
 
 import asyncio
+import gc
 import gzip
 import io
 import json
@@ -503,6 +504,23 @@ def test_closing_ends_all_that_is_under_way(server: Endpoint) -> None:
     with pytest.raises(EngineClosedError):
         engine.generate([clip(1)], DecodeOptions())
     assert len(server.asked) == 4
+
+
+def test_closing_at_any_moment_leaves_nothing_that_nobody_awaits(
+    server: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled with the others, a connection that its library had begun, and not started, was never awaited."""
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    server.answer = hang
+    for moment in range(150):
+        client = endpoint.Client(server.url, parallel=4)
+        for _ in range(4):
+            client.begin("x", read=str, answer_s=5, audio_s=0, data={})
+        time.sleep(0.0001 * (moment % 100))
+        client.close()
+    gc.collect()
+    assert not told
 
 
 @pytest.mark.usefixtures("waits")

@@ -140,6 +140,7 @@ class Client:
         self._places = asyncio.Semaphore(parallel)
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="arkasr-endpoint")
         self._lock, self._closed = threading.Lock(), False
+        self._begun: set[Any] = set()
         # Only a loop can end an exchange in time that is kept alive by a byte now and then, or that nobody wants.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="arkasr-endpoint-loop", daemon=True)
@@ -171,7 +172,8 @@ class Client:
         self._pool.shutdown(cancel_futures=True)
 
     async def _end(self) -> None:
-        asking = asyncio.all_tasks() - {asyncio.current_task()}
+        # Only what was begun here: what a library has begun beneath it, and not started, would never be awaited.
+        asking = [task for task in asyncio.all_tasks() if task.get_coro() in self._begun]
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
@@ -248,7 +250,10 @@ class Client:
             if self._closed:
                 answer.close()
                 raise NoAnswerError(f"{self.url}: closed before it was asked")
-            return asyncio.run_coroutine_threadsafe(answer, self._loop)
+            self._begun.add(answer)
+            future = asyncio.run_coroutine_threadsafe(answer, self._loop)
+        future.add_done_callback(lambda _: self._begun.discard(answer))
+        return future
 
     async def _answer(
         self,
