@@ -167,7 +167,7 @@ def test_what_it_has_not_is_refused(tiny: Checkpoint, arguments: dict[str, str],
 
 
 def test_in_a_program_of_its_own_standard_output_is_the_programs(tmp_path: Path) -> None:
-    """With vLLM's own processes, and nothing in the environment; vLLM would log to standard output."""
+    """With vLLM's own processes, and nothing in the environment; vLLM would log there, and report to its makers."""
     need_vllm()
     program = tmp_path / "program.py"
     program.write_text(f"""
@@ -179,6 +179,8 @@ assert dict(os.environ) == before
 if __name__ == "__main__":
     source = checkpoint.open_checkpoint("tiny")
     engine = VllmEngine.load(source, enforce_eager=True)
+    from vllm.usage.usage_lib import is_usage_stats_enabled
+    assert not is_usage_stats_enabled()
     (said,) = engine.generate([audio.load({str(CLIP)!r})], engines.DecodeOptions())
     print(source.rules.to_text(list(said.ids)))
 """)

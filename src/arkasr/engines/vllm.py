@@ -33,7 +33,8 @@ class VllmEngine:
     def load(cls, source: Checkpoint, *, device: str = "auto", dtype: Dtype = "auto", **settings: Any) -> "VllmEngine":
         """An engine over a checkpoint; dtype "auto" is float32 on the CPU and bfloat16 elsewhere.
 
-        Where VLLM_LOGGING_STREAM is not set, it is set, so that vLLM logs to standard error.
+        Sets VLLM_LOGGING_STREAM and VLLM_NO_USAGE_STATS where they are not set: vLLM would log to standard output, and
+        report the machine to its makers.
 
         Args:
             source: the checkpoint.
@@ -48,6 +49,7 @@ class VllmEngine:
         need_weights(source)
         # Before vLLM is imported, and for its processes: standard output is the transcripts'.
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             import vllm
         except ImportError as error:
