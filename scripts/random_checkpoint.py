@@ -93,7 +93,7 @@ def write(
 
 
 def plain_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The small published files whose content is known; none of them is read by arkasr."""
+    """The small published files whose content is known; arkasr reads none but generation_config.json."""
     return {
         "generation_config.json": {
             key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")

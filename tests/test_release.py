@@ -19,10 +19,11 @@ import pytest
 from arkasr import files
 
 ROOT = Path(__file__).parents[1]
+PLAIN = (files.CONFIG, files.GENERATION_CONFIG, files.TOKENIZER)
 TINY = {
-    *(f"arkasr/weights/tiny/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")),
+    *(f"arkasr/weights/tiny/{name}" for name in (*PLAIN, files.WEIGHTS)),
     *(f"arkasr/weights/silero-vad/{name}" for name in ("vad.bin", "vad.onnx")),
-    *(f"arkasr/weights/tiny-int8/{name}" for name in (files.MANIFEST, files.CONFIG, files.TOKENIZER, *files.EXPORTED)),
+    *(f"arkasr/weights/tiny-int8/{name}" for name in (files.MANIFEST, *PLAIN, *files.EXPORTED)),
 }
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "licenses/NOTICE"}
 SDIST = {

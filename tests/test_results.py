@@ -419,7 +419,7 @@ def test_options_have_defaults_and_limits() -> None:
         with pytest.raises(
             UsageError, match=f"{next(iter(options))} is {next(iter(options.values()))}; give at least 1"
         ):
-            SubtitleOptions(**options)
+            SubtitleOptions(**options)  # type: ignore[arg-type]
 
 
 def test_a_writer_is_one_function_a_format() -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from arkasr import config as configs
 from arkasr import files, hub, pins, text
-from arkasr.config import ModelConfig
+from arkasr.config import Heads, ModelConfig
 from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, UsageError, quoted
 
 DTYPES = ("F32", "BF16", "F16")
@@ -86,13 +86,16 @@ class TensorSpec:
 class Checkpoint:
     """A folder whose config, tokenizer and tensor headers agree; weights are read later, memory-mapped.
 
-    An export has no shards: its weights are for the CPU engine alone.
+    An export has no shards: its weights are for the CPU engine alone. The alignment heads are the decoder's whose
+    attention tells where a token was heard: those that were chosen, or `config.default_alignment_heads`.
     """
 
     folder: Path
     config: ModelConfig
     rules: text.TextRules
     shards: tuple[Path, ...]
+    alignment_heads: Heads
+    alignment_chosen: bool
 
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
@@ -143,7 +146,39 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     shards = _shards(folder)
     if shards:
         _match(folder, config, shards)
-    return Checkpoint(folder, config, rules, shards)
+    heads = _alignment_heads(folder, config)
+    return Checkpoint(
+        folder,
+        config,
+        rules,
+        shards,
+        alignment_heads=heads or configs.default_alignment_heads(config),
+        alignment_chosen=heads is not None,
+    )
+
+
+def _alignment_heads(folder: Path, config: ModelConfig) -> Heads | None:
+    """The heads that generation_config.json names, as Whisper's do: a list of [layer, head]; None where it has none.
+
+    Raises:
+        CheckpointMismatchError: they are not heads of this decoder, or one stands twice.
+    """
+    path = folder / files.GENERATION_CONFIG
+    listed = files.read_json(path).get("alignment_heads") if path.exists() else None
+    if listed is None:
+        return None
+    heads: list[tuple[int, int]] = []
+    for pair in listed if isinstance(listed, list) else []:
+        match pair:
+            case [int(layer), int(head)] if not {type(layer), type(head)} & {bool}:
+                heads.append((layer, head))
+    inside = all(0 <= n < config.decoder_layers and 0 <= head < config.decoder_heads for n, head in heads)
+    if not heads or not inside or not len(set(heads)) == len(heads) == len(listed):
+        raise CheckpointMismatchError(
+            f"{path}: alignment_heads is {quoted(listed)}, wanted different pairs [layer, head] of "
+            f"{config.decoder_layers} layers with {config.decoder_heads} heads each"
+        )
+    return tuple(heads)
 
 
 def need_weights(source: Checkpoint) -> None:

@@ -191,13 +191,20 @@ def transcribe(
         int, typer.Option(help="Columns of a subtitle's line.")
     ] = DEFAULT_SUBTITLES.max_line_width,
     max_line_count: Annotated[int, typer.Option(help="Lines of a subtitle.")] = DEFAULT_SUBTITLES.max_line_count,
+    word_timestamps: Annotated[
+        bool, typer.Option("--word-timestamps", help="Tell when each word was said, in json, srt and vtt.")
+    ] = False,
+    highlight_words: Annotated[
+        bool, typer.Option("--highlight-words", help="Underline each word in vtt while it is said.")
+    ] = False,
     vad: Annotated[bool, typer.Option("--vad/--no-vad", help="Find where speech is, and leave out the rest.")] = True,
     guard: Annotated[bool, typer.Option("--guard/--no-guard", help="End loops, and hear doubtful spans again.")] = True,
 ) -> None:
     """Transcribe audio of any length: text on standard output, everything else on standard error."""
-    options = DecodeOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, guard=guard)
-    subtitles = SubtitleOptions(max_line_width, max_line_count)
     names = list(dict.fromkeys(choice.value for choice in formats or [FormatChoice.TXT]))
+    _check_words(word_timestamps, highlight_words, engine, names)
+    options = DecodeOptions(max_new_tokens, temperature, seed, guard, align=word_timestamps)
+    subtitles = SubtitleOptions(max_line_width, max_line_count, word_timestamps, highlight_words)
     if output_dir is None and (len(names) > 1 or resume):
         raise UsageError("several formats, and --resume, need --output-dir")
     found = jobs.find(files, recursive=recursive)
@@ -225,6 +232,16 @@ def transcribe(
             if len(inputs) > 1:
                 print(f"ark-asr: {failed} of {len(inputs)} files failed", file=sys.stderr)
             raise typer.Exit(1)
+
+
+def _check_words(asked: bool, highlighted: bool, engine: EngineChoice, names: list[str]) -> None:
+    """Refuse what would be left alone without a word."""
+    if highlighted and not (asked and "vtt" in names):
+        raise UsageError("--highlight-words needs --word-timestamps and --format vtt")
+    if asked and not {"json", "srt", "vtt"} & set(names):
+        raise UsageError("--word-timestamps needs --format json, srt or vtt; the others have no place for words")
+    if asked and engine in (EngineChoice.OPENAI, EngineChoice.VLLM):
+        raise UsageError(f"--word-timestamps: engine {engine} tells no times of words; use onnx or pytorch")
 
 
 @contextmanager

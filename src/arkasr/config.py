@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from arkasr import files
 from arkasr.errors import CheckpointMismatchError, ModelNotFoundError, quoted
 
@@ -23,6 +26,9 @@ MAX_SIZE, MAX_LAYERS, MAX_NUMBER = 2**24, 1024, 1e30
 # These two cost memory that no weights in the file stand for.
 MAX_MELS, MAX_POSITIONS = 1024, 2**16
 ADAPTER_ACTIVATIONS = ("gelu", "relu", "selu")
+
+Heads = tuple[tuple[int, int], ...]  # of the decoder: layer, and head of that layer, both from 0
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,21 @@ class ModelConfig:
     def decoder_head_dim(self) -> int:
         """Width of one decoder attention head."""
         return self.hidden_dim // self.decoder_heads
+
+
+def default_alignment_heads(config: ModelConfig) -> Heads:
+    """The heads that tell where a token was heard, where nobody chose some: all of the layer at a quarter of the depth.
+
+    It is layer 1, where there is one, of fewer than eight layers: there `tiny` tells it best, and layer 0 hardly.
+    """
+    layer = min(max(1, config.decoder_layers // 4), config.decoder_layers - 1)
+    return tuple((layer, head) for head in range(config.decoder_heads))
+
+
+def rope_angles(positions: npt.NDArray[np.int64], num_dims: int, theta: float) -> tuple[Floats, Floats]:
+    """Cos and sin [n, num_dims / 2] of positions [n], as in model.rope_angles."""
+    angles = positions[:, None] * theta ** -(np.arange(0, num_dims, 2) / num_dims)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def load(folder: Path) -> ModelConfig:

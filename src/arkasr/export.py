@@ -3,7 +3,8 @@
     mel [1, M, F] -> encoder.onnx -> audio [1, A, H]
     x [B, T, H], KV cache -> decoder.onnx -> token [B], logprob [B], logits [B, V], and the KV cache in place
 
-Letters as in model.py. Unusual: the graphs are built node by node from ONNX Runtime's fused operators instead of being
+Letters as in model.py. Of layers with alignment heads the last position's queries [B, 1, N * D], not yet rotated, leave
+the decoder, too. Unusual: the graphs are built node by node from ONNX Runtime's fused operators instead of being
 traced, so that the weights stream from the checkpoint's file through the quantizer to the export's, one at a time. An
 export is made of nothing but numpy, and is a model by itself: its folder loads without the checkpoint.
 """
@@ -25,7 +26,7 @@ from safetensors import safe_open
 
 from arkasr import audio, checkpoint, files, hub, pins
 from arkasr.checkpoint import TABLE_ROWS, Checkpoint
-from arkasr.config import ENCODER_ROPE_THETA, LAYER_NORM_EPS, MAX_CLIP_S, ModelConfig
+from arkasr.config import ENCODER_ROPE_THETA, LAYER_NORM_EPS, MAX_CLIP_S, ModelConfig, rope_angles
 from arkasr.errors import CheckpointMismatchError, UsageError, quoted
 from arkasr.graph import Graph
 from arkasr.quantize import RECIPES, Floats, Linear, Recipe, Table
@@ -36,9 +37,9 @@ Progress = Callable[[int, int], object]  # takes weights done, and weights in al
 
 TELL_BYTES = 2**27  # a conversion of more takes seconds, which a person wants explained
 MAX_POSITIONS = 2048  # of the decoder: 30 s of audio, prompt, and the most tokens
-FORMAT = 2  # of the export; another number makes old exports unfindable and refused
-# Config and tokenizer, in the forms that are read.
-COPIED = (files.CONFIG, files.TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json")
+FORMAT = 3  # of the export; another number makes old exports unfindable and refused
+# Configs and tokenizer, in the forms that are read.
+COPIED = (files.CONFIG, files.GENERATION_CONFIG, files.TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json")
 _AGAIN = "delete the folder, and make or pull it again"
 ADAPTER_OPS = {"gelu": "Gelu", "relu": "Relu", "selu": "Selu"}
 _log = logging.getLogger(__name__)
@@ -94,9 +95,7 @@ class Manifest:
 
 
 def _rope_tables(graph: Graph, num_positions: int, num_dims: int, theta: float) -> list[str]:
-    """Cos and sin [num_positions, num_dims / 2], as in model.rope_angles."""
-    angles = np.arange(num_positions)[:, None] * theta ** -(np.arange(0, num_dims, 2) / num_dims)
-    return [graph.weight(np.cos(angles).astype(np.float32)), graph.weight(np.sin(angles).astype(np.float32))]
+    return [graph.weight(table) for table in rope_angles(np.arange(num_positions), num_dims, theta)]
 
 
 def _encoder(graph: Graph, config: ModelConfig, weights: _Weights, linear: Linear) -> None:
@@ -166,8 +165,9 @@ def _adapter(graph: Graph, config: ModelConfig, weights: _Weights, linear: Linea
     graph.output("audio", "f4", [1, "audio_tokens", config.hidden_dim])
 
 
-def _decoder(graph: Graph, config: ModelConfig, weights: _Weights, recipe: Recipe) -> Table:
+def _decoder(graph: Graph, source: Checkpoint, weights: _Weights, recipe: Recipe) -> Table:
     """Embeddings x [B, T, H] and the cache to the next token; rows of a call have the same T, each its own place."""
+    config, aligned = source.config, {layer for layer, _ in source.alignment_heads}
     heads, kv_heads, head_dim = config.decoder_heads, config.kv_heads, config.decoder_head_dim
     cache: list[int | str] = ["rows", kv_heads, "capacity", head_dim]
     x = graph.input("x", "f4", ["rows", "positions", config.hidden_dim])
@@ -175,6 +175,7 @@ def _decoder(graph: Graph, config: ModelConfig, weights: _Weights, recipe: Recip
     total = graph.input("num_positions", "i4", [1])
     rope = _rope_tables(graph, MAX_POSITIONS, head_dim, config.rope_theta)
     names = [f"decoder.layers.{n}" for n in range(config.decoder_layers)]
+    last_queries = [graph.constant(*part) for part in ((-1, 0), (MAX_POSITIONS, heads * head_dim), (1, 2))]
 
     def norm(name: str) -> str:
         return graph.weight(weights(f"{name}.weight"))
@@ -186,6 +187,9 @@ def _decoder(graph: Graph, config: ModelConfig, weights: _Weights, recipe: Recip
         parts = [f"{name}.{part}" for part in "qkv"]
         bias = weights(*(f"{part}.bias" for part in parts))
         qkv = recipe.attention(graph, normed, weights(*(f"{part}.weight" for part in parts)), bias)
+        if n in aligned:  # one node and no more, for it runs whoever asks
+            graph.ops("Slice", qkv, *last_queries, outputs=[f"queries_{n}"])
+            graph.output(f"queries_{n}", "f4", ["rows", 1, heads * head_dim])
         past = [graph.input(f"past_{kind}_{n}", "f4", cache) for kind in ("keys", "values")]
         present = [f"present_{kind}_{n}" for kind in ("keys", "values")]
         attended, *_ = graph.ops(
@@ -202,7 +206,8 @@ def _decoder(graph: Graph, config: ModelConfig, weights: _Weights, recipe: Recip
         inner = recipe.mlp(graph, inner, weights(f"{name}.down.weight"), None)
         if n + 1 < len(names):
             normed, x = _skip_rms_norm(graph, inner, x, norm(f"{names[n + 1]}.attention_norm"), config.rms_eps)
-    x, inner = (_last_position(graph, t) for t in (x, inner))
+    newest = graph.weight(np.array(-1, np.int64))
+    x, inner = (graph.op("Gather", t, newest, axis=1) for t in (x, inner))  # [B, H]: only there a token is chosen
     normed, _ = _skip_rms_norm(graph, inner, x, norm("decoder.norm"), config.rms_eps)
     return _head(graph, config, weights, recipe, normed)
 
@@ -210,11 +215,6 @@ def _decoder(graph: Graph, config: ModelConfig, weights: _Weights, recipe: Recip
 def _skip_rms_norm(graph: Graph, x: str, residual: str, scale: str, eps: float) -> tuple[str, str]:
     normed, _, _, total = graph.ops("SkipSimplifiedLayerNormalization", x, residual, scale, outputs=4, epsilon=eps)
     return normed, total
-
-
-def _last_position(graph: Graph, x: str) -> str:
-    """[B, T, H] -> [B, H]: only there a token is chosen."""
-    return graph.op("Gather", x, graph.weight(np.array(-1, np.int64)), axis=1)
 
 
 def _head(graph: Graph, config: ModelConfig, weights: _Weights, recipe: Recipe, normed: str) -> Table:
@@ -260,7 +260,7 @@ def write(
         (folder / "encoder.onnx").write_bytes(graph.serialized())
     with (folder / "decoder.bin").open("wb") as data:
         graph = Graph("decoder", data)
-        table = _decoder(graph, source.config, weights, recipe)
+        table = _decoder(graph, source, weights, recipe)
         (folder / "decoder.onnx").write_bytes(graph.serialized())
     for name in COPIED:
         if (source.folder / name).exists():

@@ -19,6 +19,7 @@ from arkasr.errors import CheckpointMismatchError, ModelNotFoundError
 PART = ".part"  # ends the name of what is not complete yet
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "arkasr.export.json"
@@ -29,7 +30,7 @@ _MIB, _GIB = 2**20, 2**30
 # downloaded or opened; above all, no code and no pickles.
 _MAX_BYTES = {
     CONFIG: _MIB,
-    "generation_config.json": _MIB,
+    GENERATION_CONFIG: _MIB,
     WEIGHTS: 50 * _GIB,
     INDEX: 16 * _MIB,
     TOKENIZER: 32 * _MIB,

@@ -27,6 +27,7 @@ from arkasr.config import ENCODER_ROPE_THETA, LAYER_NORM_EPS, ModelConfig
 
 REOPEN_BYTES = 2**27
 FP16_LIMIT = 65504.0 - 1000.0
+See = Callable[[int, Tensor], object]  # takes a decoder layer's number and its rotated queries [B, N, T, D]
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "selu": F.selu}
 
 
@@ -210,9 +211,12 @@ class DecoderLayer(nn.Module):
         cache: Cache | None,
         layer: int,
         positions: Tensor,
+        see: See | None = None,
     ) -> Tensor:
         """X [B, T, H]; mask [B, 1, T, keys] or None for plain causal attention over x itself."""
         q, k, v = self.attend(x, rope)
+        if see is not None:
+            see(layer, q)
         if cache is not None:
             k, v = cache.put(layer, positions, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -244,11 +248,19 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             self.head = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        see: See | None = None,
+    ) -> Tensor:
         """Hidden states [B, T, H] of embeddings x [B, T, H] at positions [B, T].
 
         Without a cache the rows are right-padded and attention is causal. With a cache, keys of earlier calls take
         part: a row attends to every cached position up to its own. A `mask` [B, 1, T, keys] replaces both rules.
+        `see` is shown the queries of every layer.
         """
         cos, sin = rope_angles(positions, self.head_dim, self.rope_theta)
         rope = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # [B, 1, T, D/2]
@@ -256,7 +268,7 @@ class Decoder(nn.Module):
             keys = torch.arange(cache.capacity, device=x.device)
             mask = keys <= positions[:, None, :, None]  # [B, 1, T, capacity]
         for n, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache, n, positions)
+            x = layer(x, rope, mask, cache, n, positions, see)
         normed: Tensor = self.norm(x)
         return normed
 

@@ -42,6 +42,7 @@ PINS: dict[str, Pin] = {
         None,
         {
             "config.json": "3e250f1466b13b8a13a08e4debc6a516fbb99855c5d4dddcec84fd3324c8a066",
+            files.GENERATION_CONFIG: "fb812f645d07f21aade33015319c44e9f1265c6815f765938e18bc9b20079522",
             "model.safetensors": "fabba2fa84b27c26788ba258367e6e600c9fc8d5e35ad8428584e286adccd5c6",
             "tokenizer.json": "b3bfb2e8b99b21cdc2f37c4a889011d783b01934b9db0f7d65a1f03d5f21ba4b",
         },

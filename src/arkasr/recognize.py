@@ -5,15 +5,16 @@ with temperature, and only what nothing confirms is cut. Nothing disappears with
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from arkasr import audio, guards, results, segment
+from arkasr import align, audio, guards, results, segment
 from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions, Engine, Generation
 from arkasr.errors import NoAnswerError
-from arkasr.results import Segment
+from arkasr.results import Segment, Word
 from arkasr.segment import Span
 from arkasr.text import TextRules
 
@@ -59,11 +60,11 @@ class Recognizer:
         confidence = said.confidence or guards.CONFIDENT  # where the engine tells none, the detector decides
         if not self._vad or not said.text or guards.is_spoken(speech, confidence):
             return said
-        return replace(said, text="", flags=(*said.flags, guards.NO_SPEECH))
+        return replace(_worded(said, ()), text="", flags=(*said.flags, guards.NO_SPEECH))
 
     def _segment(self, span: Span, generation: Generation, options: DecodeOptions, *flags: str) -> Segment:
         text = self._text(generation.ids) if generation.text is None else generation.text
-        return Segment(
+        said = Segment(
             start_s=span.first / audio.SAMPLE_RATE,
             end_s=span.last / audio.SAMPLE_RATE,
             text=text,
@@ -75,6 +76,23 @@ class Recognizer:
             temperature=options.temperature,
             flags=flags,
         )
+        return _worded(said, self._words(span, generation, generation.ids, text))
+
+    def _words(self, span: Span, generation: Generation, ids: Sequence[int], text: str) -> tuple[Word, ...]:
+        """The words of a text of the first of the ids; none where the engine tells nothing of when they were said."""
+        if generation.attention is None:
+            return ()
+        assert self._rules is not None
+        said = align.words(text, ids, self._rules.token_bytes)
+        first, last = (min(max(edge - span.start, 0), len(span.waveform)) for edge in (span.first, span.last))
+        tokens = [places for _, places in said]
+        times_s = align.times(generation.attention, tokens, span.waveform, first=first, last=last)
+        before_s = span.start / audio.SAMPLE_RATE
+        words = tuple(
+            Word(before_s + start_s, before_s + end_s, word, _probability([generation.logprobs[n] for n in places]))
+            for (word, places), (start_s, end_s) in zip(said, times_s, strict=True)
+        )
+        return _within(words, span.first / audio.SAMPLE_RATE, span.last / audio.SAMPLE_RATE)
 
     def _text(self, ids: Sequence[int]) -> str:
         assert self._rules is not None
@@ -114,22 +132,26 @@ class Recognizer:
         if not self._doubts(sampled, drawn, len(span.waveform)):
             return [sampled]
         confirmed = doubts == (guards.REPETITIVE,) and _confirms(said.text, sampled.text)
-        text = said.text if confirmed else self._without_loop(generation)
+        ids, text = (generation.ids, said.text) if confirmed else self._without_loop(generation)
         cut = (guards.CUT,) if text != said.text else ()
-        return [replace(said, text=text, compression_ratio=guards.compression_ratio(text), flags=(*doubts, *cut))]
+        left = replace(said, text=text, compression_ratio=guards.compression_ratio(text), flags=(*doubts, *cut))
+        return [_worded(left, self._words(span, generation, ids, text))]
 
-    def _without_loop(self, generation: Generation) -> str:
+    def _without_loop(self, generation: Generation) -> tuple[Sequence[int], str]:
+        """What is left of the ids, and of the text."""
         if generation.text is None:
-            return self._text(guards.without_loop(generation.ids))
+            ids = guards.without_loop(generation.ids)
+            return ids, self._text(ids)
         words = results.words(generation.text)
         kept = guards.without_loop(words)
-        return generation.text if len(kept) == len(words) else results.join_texts(kept)
+        return (), generation.text if len(kept) == len(words) else results.join_texts(kept)
 
     def _other_windows(self, span: Span, doubts: tuple[str, ...]) -> Iterator[tuple[list[Span], str]]:
         """The span in silence, where nothing was heard in it; else its halves."""
         if doubts == (guards.EMPTY,):
             waveform = np.pad(span.waveform, PADDING_SAMPLES)[: segment.MAX_SAMPLES]
-            yield [replace(span, waveform=waveform)], guards.PADDED
+            # It begins in the silence, perhaps before the recording; where the speech is stays as it was.
+            yield [replace(span, start=span.start - PADDING_SAMPLES, waveform=waveform)], guards.PADDED
         elif len(span.waveform) >= 2 * audio.SAMPLE_RATE:
             yield list(segment.halves(span)), guards.SPLIT
 
@@ -139,6 +161,24 @@ def _answered(generation: Generation) -> Generation:
     if generation.failure is not None:
         raise generation.failure
     return generation
+
+
+def _worded(said: Segment, words: tuple[Word, ...]) -> Segment:
+    """A segment with these words."""
+    return replace(said, words=words, timestamp_source="attention" if words else "vad")
+
+
+def _within(words: Sequence[Word], start_s: float, end_s: float) -> tuple[Word, ...]:
+    """Words without what is outside of a segment."""
+    return tuple(
+        replace(word, start_s=min(max(word.start_s, start_s), end_s), end_s=min(max(word.end_s, start_s), end_s))
+        for word in words
+    )
+
+
+def _probability(logprobs: Sequence[float]) -> float:
+    """Geometric mean of probabilities; 0 of none."""
+    return math.exp(min(0.0, sum(logprobs) / len(logprobs))) if logprobs else 0.0
 
 
 def _confirms(text: str, other: str) -> bool:
@@ -158,16 +198,28 @@ def joined(
         overlap_of_left=span.overlap / len(before.waveform),
         overlap_of_right=span.overlap / len(span.waveform),
     )
-    middle_s = (span.start + span.overlap / 2) / audio.SAMPLE_RATE
+    kept = [[word for one in these for word in one.words] for these in (held, segments)]
+    kept = [kept[0][: len(results.words(texts[0]))], kept[1][max(0, len(kept[1]) - len(results.words(texts[1]))) :]]
+    border_s = _border_s((span.start + span.overlap / 2) / audio.SAMPLE_RATE, *kept)
     merged = [
         replace(
-            these[0],
-            end_s=these[-1].end_s,
+            _worded(these[0], _within(words, *times_s)),
+            start_s=times_s[0],
+            end_s=times_s[1],
             text=text,
             tokens=tuple(token for one in these for token in one.tokens),
             logprobs=tuple(logprob for one in these for logprob in one.logprobs),
             flags=tuple(dict.fromkeys((*(flag for one in these for flag in one.flags), guards.JOINED))),
         )
-        for these, text in zip((held, segments), texts, strict=True)
+        for these, text, words, times_s in zip(
+            (held, segments), texts, kept, ((held[0].start_s, border_s), (border_s, segments[-1].end_s)), strict=True
+        )
     ]
-    return [replace(merged[0], end_s=middle_s)], [replace(merged[1], start_s=middle_s)]
+    return merged[:1], merged[1:]
+
+
+def _border_s(middle_s: float, left: Sequence[Word], right: Sequence[Word]) -> float:
+    """Where two spans meet: in the middle of their overlap, or as near to it as the words leave room."""
+    last_s = left[-1].end_s if left else -math.inf
+    first_s = right[0].start_s if right else math.inf
+    return min(max(middle_s, last_s), first_s) if last_s <= first_s else (last_s + first_s) / 2

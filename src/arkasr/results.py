@@ -4,13 +4,34 @@ import html
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
-from typing import Any, TextIO
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
+from typing import Any, Literal, TextIO
 
+from arkasr import layout
 from arkasr.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word, or a character of a script that writes no spaces, and when it was said.
+
+    Attributes:
+        start_s: where it begins, in seconds from the start of the audio; words are in order and inside their segment.
+        end_s: where it ends.
+        text: with its punctuation, without spaces.
+        probability: geometric mean of its tokens' probabilities, in [0, 1].
+    """
+
+    start_s: float
+    end_s: float
+    text: str
+    probability: float
+
+
+TimestampSource = Literal["attention", "vad", "none"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,9 @@ class Segment:
         compression_ratio: bytes of the text over those of its zlib stream; repetitive text has much above 2.
         temperature: that it was decoded with.
         flags: what happened, in words of `guards`; empty where all went well.
+        words: of the text, with their times; none where none were asked for, or the engine cannot tell.
+        timestamp_source: what the best times here are from: "attention" of the decoder where words have some, "vad"
+            where only the segment has, by the detector, "none" where not even that is known.
     """
 
     start_s: float
@@ -40,6 +64,8 @@ class Segment:
     compression_ratio: float = 0.0
     temperature: float = 0.0
     flags: tuple[str, ...] = ()
+    words: tuple[Word, ...] = ()
+    timestamp_source: TimestampSource = "vad"
 
 
 @dataclass(frozen=True)
@@ -77,9 +103,7 @@ class Transcript:
         return math.exp(total / sum(weights)) if weights else 0.0
 
 
-# Scripts that write no spaces between words: Thai, kana, Han.
-SPACELESS = r"\u0e00-\u0e7f\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uff65"
-SPACELESS_CHARACTER = re.compile(rf"[{SPACELESS}]")
+SPACELESS, SPACELESS_CHARACTER = layout.SPACELESS, layout.SPACELESS_CHARACTER
 
 
 def words(text: str) -> list[str]:
@@ -106,11 +130,13 @@ def added(before: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class SubtitleOptions:
-    """How srt and vtt lay out text.
+    """How srt and vtt lay out text, and whether words are written.
 
     Attributes:
         max_line_width: columns of a line; a wide East Asian character takes two, a combining mark none.
         max_line_count: lines of a cue.
+        word_times: whether json has the words of each segment; srt and vtt go by those that there are.
+        highlight_words: whether vtt underlines each word while it is said.
 
     Raises:
         UsageError: one is below 1.
@@ -118,6 +144,8 @@ class SubtitleOptions:
 
     max_line_width: int = 42
     max_line_count: int = 2
+    word_times: bool = False
+    highlight_words: bool = False
 
     def __post_init__(self) -> None:
         if self.max_line_width < 1:
@@ -129,7 +157,7 @@ class SubtitleOptions:
 DEFAULT_SUBTITLES = SubtitleOptions()
 
 Writer = Callable[[Transcript, TextIO, SubtitleOptions], None]
-"""Writes one transcript; only srt and vtt have lines to lay out, the others leave the options alone."""
+"""Writes one transcript; txt and tsv leave the options alone."""
 
 
 def write_txt(transcript: Transcript, out: TextIO, _options: SubtitleOptions = DEFAULT_SUBTITLES) -> None:
@@ -148,19 +176,21 @@ def write_vtt(transcript: Transcript, out: TextIO, options: SubtitleOptions = DE
     """WebVTT cues, the header alone for an empty transcript."""
     out.write("WEBVTT\n\n")
     for cue in _cues(transcript, options):
-        span = f"{_clock(cue.start_ms, '.')} --> {_clock(cue.end_ms, '.')}"
-        out.write("\n".join((span, *(html.escape(line, quote=False) for line in cue.lines))) + "\n\n")
+        for shown in _highlighted(cue) if options.highlight_words else [_escaped(cue)]:
+            span = f"{_clock(shown.start_ms, '.')} --> {_clock(shown.end_ms, '.')}"
+            out.write("\n".join((span, *shown.lines)) + "\n\n")
 
 
 def write_tsv(transcript: Transcript, out: TextIO, _options: SubtitleOptions = DEFAULT_SUBTITLES) -> None:
     """Whisper's table: a row a segment with text, times in whole milliseconds; tabs and line ends become spaces."""
-    segments, texts = _spoken(transcript)
+    spoken = _spoken(transcript)
+    spans_ms = _spans_ms([(segment.start_s, segment.end_s) for segment, _ in spoken], [1] * len(spoken))
     out.write("start\tend\ttext\n")
-    rows = zip(_spans_ms(segments, [1] * len(segments)), texts, strict=True)
-    out.writelines(f"{start_ms}\t{end_ms}\t{text}\n" for (start_ms, end_ms), text in rows)
+    rows = zip(spans_ms, spoken, strict=True)
+    out.writelines(f"{start_ms}\t{end_ms}\t{text}\n" for (start_ms, end_ms), (_, text) in rows)
 
 
-def write_json(transcript: Transcript, out: TextIO, _options: SubtitleOptions = DEFAULT_SUBTITLES) -> None:
+def write_json(transcript: Transcript, out: TextIO, options: SubtitleOptions = DEFAULT_SUBTITLES) -> None:
     """One JSON object on one line: OpenAI's verbose_json with file, confidence, timings and flags, times in seconds."""
     record = {
         "file": transcript.source,
@@ -168,7 +198,10 @@ def write_json(transcript: Transcript, out: TextIO, _options: SubtitleOptions = 
         "language": None,  # we do not detect it
         "duration": round(transcript.duration_s, 4),
         "text": transcript.text,
-        "segments": [segment_record(number, segment) for number, segment in enumerate(transcript.segments)],
+        "segments": [
+            segment_record(number, segment) | (word_records(segment) if options.word_times else {})
+            for number, segment in enumerate(transcript.segments)
+        ],
         "confidence": round(transcript.confidence, 4),
         "timings": {stage: round(seconds, 4) for stage, seconds in transcript.timings_s.items()},
     }
@@ -193,6 +226,20 @@ def segment_record(number: int, segment: Segment) -> dict[str, Any]:
     }
 
 
+def word_records(segment: Segment) -> dict[str, Any]:
+    """What a segment has besides when words are asked for: its words as Whisper has them, and where times are from."""
+    words = [
+        {
+            "word": word.text,
+            "start": round(word.start_s, 4),
+            "end": round(word.end_s, 4),
+            "probability": round(word.probability, 4),
+        }
+        for word in segment.words
+    ]
+    return {"words": words, "timestamp_source": segment.timestamp_source}
+
+
 def write_json_error(source: str, message: str, out: TextIO) -> None:
     """The line of a file that failed."""
     out.write(json.dumps({"file": source, "error": message}, ensure_ascii=False) + "\n")
@@ -209,138 +256,124 @@ WRITERS: dict[str, Writer] = {
 
 @dataclass(frozen=True)
 class _Cue:
+    """Lines, and of each of their characters but spaces its word, where words have times."""
+
     start_ms: int
     end_ms: int
     lines: tuple[str, ...]
+    owners: Sequence[Word] = ()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Cues that share a time."""
+
+    start_s: float
+    end_s: float
+    cues: list[tuple[str, ...]]
+    owners: Sequence[Word] = ()
 
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def _spoken(transcript: Transcript) -> tuple[list[Segment], list[str]]:
+def _shown(text: str) -> list[str]:
+    """The pieces of a text between its white space and control characters."""
+    return _CONTROLS.sub(" ", text).split()
+
+
+def _spoken(transcript: Transcript) -> list[tuple[Segment, str]]:
     """Segments with text, and their texts on one line each."""
-    texts = [" ".join(_CONTROLS.sub(" ", segment.text).split()) for segment in transcript.segments]
-    spoken = [segment for segment, text in zip(transcript.segments, texts, strict=True) if text]
-    return spoken, [text for text in texts if text]
+    texts = [" ".join(_shown(segment.text)) for segment in transcript.segments]
+    return [(segment, text) for segment, text in zip(transcript.segments, texts, strict=True) if text]
 
 
 def _cues(transcript: Transcript, options: SubtitleOptions) -> Iterator[_Cue]:
-    """Cues in the order of time; a segment's time is shared out among its cues by the width of their text."""
-    segments, texts = _spoken(transcript)
-    # An arrow in the text would be read as a line of times, and srt has no escape for it.
-    layouts = [_lay_out(text.replace("-->", "-- >"), options) for text in texts]
-    spans_ms = _spans_ms(segments, [len(layout) for layout in layouts])
-    for (start_ms, end_ms), layout in zip(spans_ms, layouts, strict=True):
-        widths = [sum(map(_columns, "".join(lines))) for lines in layout]
+    """Cues in the order of time; where words have none, a segment's is shared out by the width of the text."""
+    pieces = [piece for segment, text in _spoken(transcript) for piece in _pieces(segment, text, options)]
+    spans_ms = _spans_ms([(piece.start_s, piece.end_s) for piece in pieces], [len(piece.cues) for piece in pieces])
+    for (start_ms, end_ms), piece in zip(spans_ms, pieces, strict=True):
+        widths = [sum(map(layout.columns, "".join(lines))) for lines in piece.cues]
         ends_ms = [start_ms]
         for number, width in enumerate(accumulate(widths), start=1):
             fair = start_ms + round((end_ms - start_ms) * width / max(1, sum(widths)))
-            ends_ms.append(max(ends_ms[-1] + 1, min(fair, end_ms - len(layout) + number)))
-        for span_ms, lines in zip(pairwise(ends_ms), layout, strict=True):
-            yield _Cue(*span_ms, lines)
+            ends_ms.append(max(ends_ms[-1] + 1, min(fair, end_ms - len(piece.cues) + number)))
+        for span_ms, lines in zip(pairwise(ends_ms), piece.cues, strict=True):
+            yield _Cue(*span_ms, lines, piece.owners)
 
 
-def _spans_ms(segments: Sequence[Segment], counts: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and end of each segment in ms: at least 1 ms for each of its cues, never into the next one."""
+def _pieces(segment: Segment, text: str, options: SubtitleOptions) -> Iterator[_Piece]:
+    """A segment's cues: each from its first word to its last, or all together where words have no times."""
+    text = text.replace("-->", "-- >")  # would be read as a line of times, and srt has no escape for it
+    owners = [word for word in segment.words for _ in "".join(_shown(word.text))]
+    if "".join(text.split()) != "".join(bit for word in segment.words for bit in _shown(word.text)):
+        owners = []
+    cues = layout.lay_out(text, options.max_line_width, options.max_line_count, _pauses_s(text, owners))
+    if not owners:
+        yield _Piece(segment.start_s, segment.end_s, cues)
+        return
+    for lines in cues:
+        own = owners[: len("".join("".join(lines).split()))]
+        owners = owners[len(own) :]
+        yield _Piece(own[0].start_s, own[-1].end_s, [lines], own)
+
+
+def _pauses_s(text: str, owners: Sequence[Word]) -> dict[int, float]:
+    """Seconds between two words, by the place in the text where the later one begins; nothing without owners."""
+    places = [place for place, character in enumerate(text) if not character.isspace()][: len(owners)]
+    words = zip(owners, owners[1:], places[1:], strict=False)
+    return {place: after.start_s - before.end_s for before, after, place in words if before is not after}
+
+
+def _escaped(cue: _Cue) -> _Cue:
+    return replace(cue, lines=tuple(html.escape(line, quote=False) for line in cue.lines))
+
+
+def _highlighted(cue: _Cue) -> Iterator[_Cue]:
+    """A cue as several in a row, escaped, in which each word is underlined while it is said."""
+    at_ms, first = cue.start_ms, 0
+    for _, group in groupby(cue.owners, key=id):
+        own = list(group)
+        places = range(first, first + len(own))
+        first += len(own)
+        begin_ms, end_ms = (min(max(at_ms, round(s * 1000)), cue.end_ms) for s in (own[0].start_s, own[0].end_s))
+        if begin_ms > at_ms:
+            yield _escaped(replace(cue, start_ms=at_ms, end_ms=begin_ms))
+        if end_ms > begin_ms:
+            yield replace(cue, start_ms=begin_ms, end_ms=end_ms, lines=_underlined(cue.lines, places))
+        at_ms = end_ms
+    if at_ms < cue.end_ms:
+        yield _escaped(replace(cue, start_ms=at_ms))
+
+
+def _underlined(lines: Sequence[str], places: range) -> tuple[str, ...]:
+    """Lines, escaped, with the characters underlined that have these places among all but spaces."""
+    place = -1
+    marked_lines = []
+    for line in lines:
+        marks = []
+        for character in line:
+            place += not character.isspace()
+            marks.append((not character.isspace() and place in places, html.escape(character, quote=False)))
+        runs = ((marked, "".join(one for _, one in run)) for marked, run in groupby(marks, key=itemgetter(0)))
+        marked_lines.append("".join(f"<u>{run}</u>" if marked else run for marked, run in runs))
+    return tuple(marked_lines)
+
+
+def _spans_ms(spans_s: Sequence[tuple[float, float]], counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and end of each span in ms: at least 1 ms for each of its cues, never into the next one."""
     starts_ms: list[int] = []
     free_ms = 0
-    for segment, count in zip(segments, counts, strict=True):
-        starts_ms.append(max(free_ms, round(segment.start_s * 1000)))
+    for (start_s, _), count in zip(spans_s, counts, strict=True):
+        starts_ms.append(max(free_ms, round(start_s * 1000)))
         free_ms = starts_ms[-1] + count
     limits_ms = [*starts_ms, math.inf][1:]
     return [
-        (start_ms, int(min(max(start_ms + count, round(segment.end_s * 1000)), limit_ms)))
-        for segment, count, start_ms, limit_ms in zip(segments, counts, starts_ms, limits_ms, strict=True)
+        (start_ms, int(min(max(start_ms + count, round(end_s * 1000)), limit_ms)))
+        for (_, end_s), count, start_ms, limit_ms in zip(spans_s, counts, starts_ms, limits_ms, strict=True)
     ]
 
 
 def _clock(time_ms: int, separator: str) -> str:
     seconds, milliseconds = divmod(time_ms, 1000)
     return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{separator}{milliseconds:03}"
-
-
-def _columns(character: str) -> int:
-    """Columns that a character takes on a screen."""
-    if unicodedata.category(character) in {"Mn", "Me", "Cf"}:
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-# Besides what categories tell: small kana, Thai vowels behind their consonant, skin tones; Thai vowels before theirs.
-_NEVER_FIRST = frozenset("ぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶ～ฯะาำๅ🏻🏼🏽🏾🏿")  # noqa: RUF001
-_NEVER_LAST = frozenset("เแโใไ\"'")
-_WORD_KINDS = frozenset(("Lu", "Ll", "Nd"))  # wide digits and letters make numbers and words, too
-
-
-def _may_end_line(text: str, cut: int) -> bool:
-    """Whether a line may end before text[cut]: after a space, or beside a character of a script without spaces."""
-    before, after = text[cut - 1], text[cut]
-    if " " in {before, after}:
-        return before == " "
-    kinds = unicodedata.category(before), unicodedata.category(after)
-    return (
-        bool(SPACELESS_CHARACTER.match(before) or SPACELESS_CHARACTER.match(after))
-        and not _WORD_KINDS.issuperset(kinds)
-        # Marks and joiners belong to the character before them, and a joiner takes the one after it, too.
-        and kinds[0] not in {"Cf", "Ps", "Pi"}
-        and kinds[1] not in {"Cf", "Mn", "Mc", "Me", "Lm", "Pd", "Pe", "Pf", "Po"}
-        and before not in _NEVER_LAST
-        and after not in _NEVER_FIRST
-    )
-
-
-# What a break costs after a sentence, after other punctuation, at a space, and between two characters; the
-# scale is that of an empty line, 1.
-_LINE_BREAK_COSTS = (0.0, 0.05, 0.15, 0.4)
-_CUE_BREAK_COSTS = (0.3, 0.4, 0.7, 1.0)
-_SENTENCE_ENDS = tuple(".!?…。！？؟۔।")  # noqa: RUF001
-_CLOSERS = "\"'”’」』）)]】》"  # noqa: RUF001
-
-
-def _rank(text: str, cut: int) -> int:
-    """Which of the break costs it is."""
-    before = text[max(0, cut - 4) : cut].rstrip(" ")
-    if before.rstrip(_CLOSERS).endswith(_SENTENCE_ENDS):
-        return 0
-    if unicodedata.category(before[-1]).startswith("P"):
-        return 1
-    return 2 if text[cut - 1] == " " else 3
-
-
-def _lay_out(text: str, options: SubtitleOptions) -> list[tuple[str, ...]]:
-    """Lines of each cue: the cheapest layout, which is even, ends lines after punctuation, and has few lines and cues.
-
-    A line wider than allowed is one that may not be cut anywhere.
-    """
-    cuts = [0, *(cut for cut in range(1, len(text)) if _may_end_line(text, cut)), len(text)]
-    ranks = [0, *(_rank(text, cut) for cut in cuts[1:])]
-    columns = [0, *accumulate(map(_columns, text))]
-    # best[cut][row]: least cost of the text up to there, its last line being number `row` of its cue; where this
-    # line starts, and the row of the line above.
-    best: list[dict[int, tuple[float, int, int]]] = [{-1: (0.0, 0, -1)}]
-    for end in range(1, len(cuts)):
-        rows: dict[int, tuple[float, int, int]] = {}
-        for start in reversed(range(end)):
-            line = text[cuts[start] : cuts[end]].rstrip(" ")
-            width = columns[cuts[start] + len(line)] - columns[cuts[start]]
-            if width > options.max_line_width and start < end - 1:
-                break
-            slack = max(0, 1 - width / options.max_line_width) ** 2
-            for above, (cost, _, _) in best[start].items():
-                new_cue = (cost + slack + _CUE_BREAK_COSTS[ranks[start]], start, above)
-                rows[0] = min(rows.get(0, new_cue), new_cue)
-                # A number alone below other text would be taken for the next cue's.
-                if above + 1 < options.max_line_count and not line.isdigit():
-                    new_line = (cost + slack + _LINE_BREAK_COSTS[ranks[start]], start, above)
-                    rows[above + 1] = min(rows.get(above + 1, new_line), new_line)
-        best.append(rows)
-    end = len(cuts) - 1
-    row = min(best[end], key=lambda row: best[end][row])
-    cues: list[tuple[str, ...]] = [()]
-    while end:
-        _, start, above = best[end][row]
-        cues[0] = (text[cuts[start] : cuts[end]].rstrip(" "), *cues[0])
-        if row == 0 and start:
-            cues.insert(0, ())
-        end, row = start, above
-    return cues

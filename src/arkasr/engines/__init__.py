@@ -13,10 +13,12 @@ import numpy.typing as npt
 from arkasr import guards
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.checkpoint import Checkpoint
+from arkasr.config import Heads
 from arkasr.errors import MissingExtraError, NoAnswerError, UsageError
 
 _log = logging.getLogger(__name__)
 
+Floats = npt.NDArray[np.float32]
 EngineName = Literal["auto", "pytorch", "onnx", "vllm", "openai"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 
@@ -38,6 +40,7 @@ class DecodeOptions:
         seed: of the sampling; the same seed gives the same text.
         guard: whether a clip whose tokens run in a loop is ended.
         top_p: sampled are only the likeliest tokens that together reach this probability (arXiv 1904.09751).
+        align: whether to tell where in the audio each token was heard, if the engine can; it changes no token.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -45,6 +48,7 @@ class DecodeOptions:
     seed: int = 0
     guard: bool = True
     top_p: float = 1.0
+    align: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -78,6 +82,9 @@ class Generation:
         timings_s: wall seconds of each stage; of a stage that clips of a batch share, this clip's part.
         text: of an engine that gives text and no ids; it may give the logprobs of that text's own tokens.
         failure: why this clip, and perhaps this one alone, got no answer; engines on this machine always answer.
+        attention: [len(ids) + 1, A], where `align` asked and the engine can: for each id and for the stop, how the
+            position that predicts it attends to the clip's A audio tokens; each row sums to 1. Of a clip that the
+            token cap or a loop ended, no position has predicted a stop: the last row is the last id's once more.
     """
 
     ids: tuple[int, ...]
@@ -86,6 +93,7 @@ class Generation:
     timings_s: dict[str, float] = field(default_factory=dict)
     text: str | None = None
     failure: NoAnswerError | None = None
+    attention: Floats | None = field(default=None, compare=False, repr=False)
 
     @property
     def confidence(self) -> float:
@@ -116,7 +124,7 @@ class Clip:
 
     waveform: Waveform
     options: DecodeOptions
-    mel: npt.NDArray[np.float32] | None = None
+    mel: Floats | None = None
     encoded: bytes | None = None
     timings_s: dict[str, float] = field(default_factory=dict)
 
@@ -148,6 +156,26 @@ class Continuous(Engine, Protocol):
     def decode(self, clips: Clips) -> None:
         """Recognize clips until nothing is left: none in work, and none to take."""
         ...
+
+
+def heads_by_layer(heads: Heads) -> dict[int, npt.NDArray[np.int64]]:
+    """The heads of each layer that has some."""
+    return {layer: np.array([head for n, head in heads if n == layer]) for layer in sorted({n for n, _ in heads})}
+
+
+def attention(queries: Floats, keys: Floats, *, num_ids: int) -> Floats:
+    """What `Generation.attention` is, [num_ids + 1, A]: the softmax over the audio alone, its mean over heads.
+
+    Args:
+        queries: [C, n, D] of C heads at the positions that predicted the ids, and the stop if there was one; rotated.
+        keys: [C, A, D] of what these heads attend to at the audio tokens; rotated.
+        num_ids: how many ids there are.
+    """
+    scores = queries @ keys.transpose(0, 2, 1) / np.float32(keys.shape[-1] ** 0.5)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    rows: Floats = weights.mean(axis=0)
+    return rows if len(rows) > num_ids else np.concatenate([rows, rows[-1:]])
 
 
 def load_engine(

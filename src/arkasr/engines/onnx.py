@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arkasr import audio, export, files, runtime, segment
+from arkasr import audio, engines, export, files, runtime, segment
 from arkasr.audio import Waveform
 from arkasr.checkpoint import Checkpoint
-from arkasr.config import ModelConfig
-from arkasr.engines import Clip, Clips, DecodeOptions, Generation
+from arkasr.config import Heads, ModelConfig, default_alignment_heads, rope_angles
+from arkasr.engines import Clip, Clips, DecodeOptions, Floats, Generation
 from arkasr.errors import CheckpointMismatchError
 from arkasr.export import Precision
 from arkasr.quantize import Table
@@ -29,7 +29,6 @@ from arkasr.text import TextRules
 
 MAX_ROWS = 8  # that share a decode step; more rows gain little and cost cache memory
 THREADED_DIM = 512  # of the decoder; below, threads spin longer than they compute, on cores that the VAD could use
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass
@@ -42,24 +41,44 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_logprob: float | None = None
+    queries: list[Floats] = field(default_factory=list)  # [C, D] of each position, where alignment is asked
+    attention: Floats | None = None
 
 
 class OnnxEngine:
     """Runs an export of a checkpoint."""
 
-    def __init__(self, folder: Path, config: ModelConfig, rules: TextRules, *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        rules: TextRules,
+        *,
+        threads: int = 0,
+        alignment_heads: Heads | None = None,
+    ) -> None:
         """An engine over an export's folder; threads 0 is one for each core, for a small model one.
+
+        Alignment heads are those of the export's checkpoint; None are the default ones.
 
         Raises:
             CheckpointMismatchError: the export is damaged, or not one that this ONNX Runtime can run.
         """
         manifest = export.read_manifest(folder)
         self.config, self.rules = config, rules
+        self.heads = engines.heads_by_layer(alignment_heads or default_alignment_heads(config))
+        self.first_audio = rules.prompt_ids(1).index(rules.audio_id)
+        self.rope = rope_angles(np.arange(export.MAX_POSITIONS), config.decoder_head_dim, config.rope_theta)
         if threads == 0 and config.hidden_dim < THREADED_DIM:
             threads = 1
         # The encoder's threads would go on spinning while the decoder's work; between decode steps it pays.
         self.encoder = runtime.session(folder / "encoder.onnx", threads=threads, stop_spinning=True)
         self.decoder = runtime.session(folder / "decoder.onnx", threads=threads)
+        if not {f"queries_{layer}" for layer in self.heads} <= {output.name for output in self.decoder.get_outputs()}:
+            raise CheckpointMismatchError(
+                f"{folder}: made with other alignment heads than {files.GENERATION_CONFIG} names; choose them in the "
+                "checkpoint, and export it again"
+            )
         try:
             self.embed = _Embedding(folder / "decoder.bin", manifest.table, config)
         except (ArithmeticError, TypeError, ValueError) as error:
@@ -78,7 +97,7 @@ class OnnxEngine:
         See `export.find_or_write`.
         """
         folder = export.find_or_write(source, precision, report=report)
-        return cls(folder, source.config, source.rules, threads=threads)
+        return cls(folder, source.config, source.rules, threads=threads, alignment_heads=source.alignment_heads)
 
     def generate(self, waveforms: Sequence[Waveform], options: DecodeOptions) -> list[Generation]:
         """Recognize clips; see `Engine.generate`."""
@@ -162,7 +181,8 @@ class _Given:
 
 def _give(done: list[_Row], clips: Clips) -> None:
     for row in done:
-        clips.give(row.clip, Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, row.clip.timings_s))
+        told = tuple(row.ids), tuple(row.logprobs), row.stop_logprob, row.clip.timings_s
+        clips.give(row.clip, Generation(*told, attention=row.attention))
 
 
 class _Batch:
@@ -176,6 +196,7 @@ class _Batch:
         self._names = [f"{kind}_{n}" for n in range(config.decoder_layers) for kind in ("keys", "values")]
         self._cache = [np.zeros(shape, np.float32) for _ in self._names]
         self._answers: list[npt.NDArray[Any]] = []
+        self._queries: Floats | None = None  # [B, C, D] of the last run, where a row wants them
         self._next_ids: list[int] = []
 
     def prefill(self, x: Floats, row: _Row) -> None:
@@ -209,11 +230,20 @@ class _Batch:
             binding.bind_input(f"past_{name}", "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
             binding.bind_output(f"present_{name}", "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
         sampled = any(row.clip.options.temperature > 0 for row in self.rows)
-        outputs = ["token", "logprob", *(["logits"] if sampled else [])]
+        aligned = any(row.clip.options.align for row in self.rows)
+        queries = [f"queries_{layer}" for layer in self._engine.heads] if aligned else []
+        outputs = ["token", "logprob", *(["logits"] if sampled else []), *queries]
         for name in outputs:
             binding.bind_output(name, "cpu")
         self._engine.decoder.run_with_iobinding(binding)
         self._answers = [value.numpy() for value in binding.get_outputs()[-len(outputs) :]]
+        self._queries = self._chosen(self._answers[-len(queries) :]) if queries else None
+
+    def _chosen(self, queries: list[npt.NDArray[Any]]) -> Floats:
+        """Those of the alignment heads [B, C, D], of the queries [B, 1, N * D] of each layer that has such."""
+        split = (len(queries[0]), -1, self._engine.config.decoder_head_dim)
+        by_layer = zip(queries, self._engine.heads.values(), strict=True)
+        return np.concatenate([every.reshape(split)[:, heads] for every, heads in by_layer], axis=1)
 
     def take(self, *, first: int = 0) -> list[_Row]:
         """Give the rows from `first` on the tokens that the last run chose; those that are done, taken out."""
@@ -222,6 +252,9 @@ class _Batch:
             row = self.rows[place]
             options = row.clip.options
             token, logprob = self._choose(row, place - first, options)
+            if options.align:
+                assert self._queries is not None
+                row.queries.append(self._queries[place - first])
             if token in self._engine.rules.stop_ids:
                 row.stop_logprob = logprob
             else:
@@ -229,9 +262,25 @@ class _Batch:
                 row.logprobs.append(logprob)
             self._next_ids[place] = token
             if row.stop_logprob is not None or options.is_over(row.ids, len(row.clip.waveform)):
+                if options.align:
+                    row.attention = self._attention(place, row)
                 done.append(row)
                 self._remove(place)
         return done
+
+    def _attention(self, place: int, row: _Row) -> Floats:
+        """Where a row that is done heard its tokens; the cached keys are rotated, the queries not yet."""
+        engine, config = self._engine, self._engine.config
+        behind = engine.first_audio + audio.num_audio_tokens(len(row.clip.waveform), config.merge_factor)
+        queries = np.stack(row.queries, axis=1)  # [C, n, D]
+        cos, sin = (table[row.length - len(row.queries) : row.length] for table in engine.rope)
+        half = config.decoder_head_dim // 2
+        low, high = queries[..., :half], queries[..., half:]
+        rotated = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+        group = config.decoder_heads // config.kv_heads
+        caches = [(self._cache[2 * layer], heads) for layer, heads in engine.heads.items()]
+        keys = np.concatenate([cache[place, heads // group, engine.first_audio : behind] for cache, heads in caches])
+        return engines.attention(rotated, keys, num_ids=len(row.ids))
 
     def _choose(self, row: _Row, place: int, options: DecodeOptions) -> tuple[int, float]:
         """A row's next token and its log-probability at temperature 1."""

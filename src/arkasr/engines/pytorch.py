@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arkasr import audio, model
+from arkasr import audio, engines, model
 from arkasr.audio import Waveform
 from arkasr.checkpoint import Checkpoint
-from arkasr.engines import DecodeOptions, Dtype, Generation
+from arkasr.config import Heads, default_alignment_heads
+from arkasr.engines import DecodeOptions, Dtype, Floats, Generation
 from arkasr.errors import CheckpointMismatchError, UsageError
 from arkasr.model import ArkASR, KVCache
 from arkasr.text import TextRules
@@ -28,10 +29,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class PyTorchEngine:
     """Runs an `ArkASR` module; also makes training rollouts."""
 
-    def __init__(self, network: ArkASR, rules: TextRules) -> None:
-        """An engine over a network in memory and its token rules."""
+    def __init__(self, network: ArkASR, rules: TextRules, *, alignment_heads: Heads | None = None) -> None:
+        """An engine over a network in memory and its token rules; alignment heads None are the default ones."""
         self.network = network
         self.rules = rules
+        self.alignment_heads = alignment_heads or default_alignment_heads(network.config)
 
     @classmethod
     def load(cls, source: Checkpoint, *, device: str = "auto", dtype: Dtype = "float32") -> "PyTorchEngine":
@@ -48,7 +50,8 @@ class PyTorchEngine:
             raise UsageError(f"device {device}: not supported; use auto, cpu, cuda or cuda:N")
         if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"device {device}: not among the CUDA devices that PyTorch sees; use --device cpu")
-        return cls(model.load(source, dtype=DTYPES[dtype], device=device), source.rules)
+        network = model.load(source, dtype=DTYPES[dtype], device=device)
+        return cls(network, source.rules, alignment_heads=source.alignment_heads)
 
     @torch.inference_mode()
     def generate(self, waveforms: Sequence[Waveform], options: DecodeOptions) -> list[Generation]:
@@ -128,6 +131,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_logprob: float | None = None
+    attention: Floats | None = None
     done: bool = False
 
 
@@ -152,6 +156,10 @@ class _Rows:
         merge = engine.network.config.merge_factor
         self.prompts = [engine.rules.prompt_ids(audio.num_audio_tokens(length, merge)) for length in num_samples]
         self.live = [row for rows in self.clips for row in rows]  # those in the batch, in its order
+        by_layer = engines.heads_by_layer(engine.alignment_heads)
+        self.heads = {layer: torch.from_numpy(heads).to(self.device) for layer, heads in by_layer.items()}
+        self.see = self._see if any(row.options.align for row in self.live) else None
+        self.queries: dict[int, list[Tensor]] = {layer: [] for layer in self.heads}  # [B, C, D] of each position
 
     def prefill(self, embeddings: Tensor) -> Tensor:
         """Logits [B, V] after each row's prompt."""
@@ -162,8 +170,8 @@ class _Rows:
         x = self.network.embed(ids, embeddings)
         self.cache = KVCache(self.network.config, len(ids), capacity, x)
         positions = torch.arange(longest, device=self.device).expand_as(ids)
-        hidden = self.network.decoder(x, positions, self.cache)
         self.positions = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
+        hidden = self.network.decoder(x, positions, self.cache, see=self.see)
         last = hidden[torch.arange(len(ids), device=self.device), self.positions - 1]
         clips = torch.tensor([clip for clip, rows in enumerate(self.clips) for _ in rows], device=self.device)
         if len(clips) != len(ids):
@@ -186,13 +194,34 @@ class _Rows:
 
     def step(self, ids: Tensor) -> Tensor:
         """Logits [B, V] after one more token of every row, ids [B]."""
-        hidden = self.network.decoder(self.network.decoder.embed(ids[:, None]), self.positions[:, None], self.cache)
+        x = self.network.decoder.embed(ids[:, None])
+        hidden = self.network.decoder(x, self.positions[:, None], self.cache, see=self.see)
         self.positions = self.positions + 1
         return self.network.decoder.logits(hidden[:, 0])
 
     def _select(self, rows: Tensor) -> None:
         self.cache.select(rows)
         self.positions = self.positions[rows]
+        self.queries = {layer: [q[rows] for q in kept] for layer, kept in self.queries.items()}
+
+    def _see(self, layer: int, q: Tensor) -> None:
+        """Keep the chosen heads' queries where each row's next token is predicted, of q [B, N, T, D]."""
+        if layer in self.heads:
+            last = q[:, :, 0] if q.shape[2] == 1 else q[torch.arange(len(q), device=self.device), :, self.positions - 1]
+            self.queries[layer].append(last[:, self.heads[layer]])
+
+    def _attention(self, place: int, row: _Row) -> Floats:
+        """Where a row that is done, at a place in the batch, heard its tokens."""
+        config = self.network.config
+        first = self.prompts[0].index(self.rules.audio_id)
+        behind = first + audio.num_audio_tokens(row.num_samples, config.merge_factor)
+        queries, keys = [], []
+        for layer, heads in self.heads.items():
+            queries.append(torch.stack([q[place] for q in self.queries[layer]], dim=1))
+            kv_heads = heads // (config.decoder_heads // config.kv_heads)
+            keys.append(self.cache.keys[layer, place, kv_heads, first:behind])
+        told, heard = (torch.cat(pieces).float().cpu().numpy() for pieces in (queries, keys))
+        return engines.attention(told, heard, num_ids=len(row.ids))
 
     def _take(self, logits: Tensor) -> Tensor:
         """Choose a token [B] for every row; rows that are done are carried along."""
@@ -205,15 +234,18 @@ class _Rows:
             raise CheckpointMismatchError(
                 "the network's output is not finite: damaged weights, or too large for float16; use --dtype float32"
             )
-        for row, token_id, logprob in zip(self.live, chosen.tolist(), chosen_logprobs, strict=True):
+        told = zip(self.live, chosen.tolist(), chosen_logprobs, strict=True)
+        for place, (row, token_id, logprob) in enumerate(told):
             if row.done:
                 continue
             if token_id in self.rules.stop_ids:
                 row.stop_logprob, row.done = logprob, True
-                continue
-            row.ids.append(token_id)
-            row.logprobs.append(logprob)
-            row.done = row.options.is_over(row.ids, row.num_samples)
+            else:
+                row.ids.append(token_id)
+                row.logprobs.append(logprob)
+                row.done = row.options.is_over(row.ids, row.num_samples)
+            if row.done and row.options.align:
+                row.attention = self._attention(place, row)
         return chosen
 
     def _drawn(self, logprobs: Tensor, greedy: Tensor) -> Tensor:
@@ -238,6 +270,9 @@ class _Rows:
     def generations(self, timings_s: dict[str, float]) -> list[list[Generation]]:
         """What each clip says, for each of its options."""
         return [
-            [Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, timings_s) for row in rows]
+            [
+                Generation(tuple(row.ids), tuple(row.logprobs), row.stop_logprob, timings_s, attention=row.attention)
+                for row in rows
+            ]
             for rows in self.clips
         ]

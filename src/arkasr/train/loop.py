@@ -40,7 +40,9 @@ from arkasr.train import states
 from arkasr.train.batches import Augmentation, Pieces
 from arkasr.train.ranks import Ranks, layers, local
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
+COPIED = (  # besides what training changes
+    "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json", files.GENERATION_CONFIG,
+)  # fmt: skip
 EVAL_CLIPS = 16  # heard together
 
 
@@ -355,7 +357,7 @@ def shares(utterances: Sequence[Utterance], ranks: Ranks) -> Iterator[Sequence[U
 def publish(network: ArkASR, origin: Path, folder: Path) -> None:
     """Write a network in the published layout, in float32, with the tokenizer of the folder that it began from."""
     model.save(network, folder, dtype=torch.float32)
-    for name in TOKENIZER_FILES:
+    for name in COPIED:
         if (origin / name).exists():
             shutil.copyfile(origin / name, folder / name)
 
