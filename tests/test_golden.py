@@ -151,7 +151,8 @@ def test_the_shipped_model(tmp_path: Path) -> None:
     assert golden.replay(tmp_path / "tiny.json") == []
     read = golden.read(tmp_path / "tiny.json")
     assert read.model == "tiny"
-    assert set(read.model_files) == {"config.json", "model.safetensors", "tokenizer.json"}
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert set(read.model_files) == wanted
     assert {"commit", "arkasr", "torch", "numpy", "python", "dtype"} <= set(read.made_by)
     assert [clip.file for clip in read.clips] == ["examples/audio/an4-patterson.flac", "examples/audio/an4-rubout.flac"]
     assert [clip.text for clip in read.clips] == ["P A T T E R S O N", "RUBOUT G M E F THREE NINE"]
