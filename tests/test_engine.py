@@ -81,14 +81,19 @@ def make_subject(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
     return make
 
 
-@pytest.fixture
-def babbler(make_subject: MakeSubject, small: ModelConfig) -> Subject:
-    """A random network that says varied things and stops on some of the clips, with clear winners at every step."""
-    network = random_network(replace(small, tied_embeddings=False), seed=45)
+def babbling(small: ModelConfig, seed: int) -> model.ArkASR:
+    """A random network that says varied things, with clear winners at every step."""
+    network = random_network(replace(small, tied_embeddings=False), seed=seed)
     assert network.decoder.head is not None
     with torch.no_grad():
         network.decoder.head.weight.mul_(4)
-    return make_subject(network)
+    return network
+
+
+@pytest.fixture
+def babbler(make_subject: MakeSubject, small: ModelConfig) -> Subject:
+    """One that stops on some of the clips."""
+    return make_subject(babbling(small, 45))
 
 
 def noise(num_samples: int, gain: float = 0.1, *, seed: int = 0) -> Waveform:

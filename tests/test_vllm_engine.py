@@ -30,6 +30,7 @@ from test_engine import (  # noqa: F401 - pytest finds them here
     UNGUARDED,
     MakeSubject,
     Subject,
+    babbling,
     clips,
     noise,
     rigged,
@@ -92,12 +93,8 @@ def make_subject(load: Load, tmp_path: Path) -> Iterator[MakeSubject]:
 
 @pytest.fixture
 def babbler(make_subject: MakeSubject, small: ModelConfig) -> Subject:
-    """As test_engine's, and with a seed by which some clips stop and some do not."""
-    network = random_network(replace(small, tied_embeddings=False), seed=68)
-    assert network.decoder.head is not None
-    with torch.no_grad():
-        network.decoder.head.weight.mul_(4)
-    return make_subject(network)
+    """As test_engine's, with a seed by which some clips stop and some do not."""
+    return make_subject(babbling(small, 68))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])

@@ -39,7 +39,7 @@ TELL_BYTES = 2**27  # a conversion of more takes seconds, which a person wants e
 MAX_POSITIONS = 2048  # of the decoder: 30 s of audio, prompt, and the most tokens
 FORMAT = 3  # of the export; another number makes old exports unfindable and refused
 # Configs and tokenizer, in the forms that are read.
-COPIED = (files.CONFIG, files.GENERATION_CONFIG, files.TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json")
+COPIED = (files.CONFIG, files.GENERATION_CONFIG, *files.TOKENIZER_FILES)
 _AGAIN = "delete the folder, and make or pull it again"
 ADAPTER_OPS = {"gelu": "Gelu", "relu": "Relu", "selu": "Selu"}
 _log = logging.getLogger(__name__)

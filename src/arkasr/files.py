@@ -20,6 +20,7 @@ PART = ".part"  # ends the name of what is not complete yet
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json")  # those that are read
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "arkasr.export.json"

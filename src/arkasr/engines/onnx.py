@@ -68,7 +68,6 @@ class OnnxEngine:
         self.config, self.rules = config, rules
         self.heads = engines.heads_by_layer(alignment_heads or default_alignment_heads(config))
         self.first_audio = rules.prompt_ids(1).index(rules.audio_id)
-        self.rope = rope_angles(np.arange(export.MAX_POSITIONS), config.decoder_head_dim, config.rope_theta)
         if threads == 0 and config.hidden_dim < THREADED_DIM:
             threads = 1
         # The encoder's threads would go on spinning while the decoder's work; between decode steps it pays.
@@ -273,7 +272,8 @@ class _Batch:
         engine, config = self._engine, self._engine.config
         behind = engine.first_audio + audio.num_audio_tokens(len(row.clip.waveform), config.merge_factor)
         queries = np.stack(row.queries, axis=1)  # [C, n, D]
-        cos, sin = (table[row.length - len(row.queries) : row.length] for table in engine.rope)
+        positions = np.arange(row.length - len(row.queries), row.length)
+        cos, sin = rope_angles(positions, config.decoder_head_dim, config.rope_theta)
         half = config.decoder_head_dim // 2
         low, high = queries[..., :half], queries[..., half:]
         rotated = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

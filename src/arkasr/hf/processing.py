@@ -24,7 +24,6 @@ from arkasr.engines.pytorch import stack_mels
 from arkasr.errors import AudioError, ModelNotFoundError, UsageError
 from arkasr.text import ASSISTANT, TextRules
 
-TOKENIZER_FILES = (files.TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 AUTO_OPTIONS = ("_from_auto", "trust_remote_code")  # what AutoProcessor adds; there is no remote code to trust
 NO_LABEL = -100  # what cross entropy leaves out
@@ -80,7 +79,7 @@ class ArkasrProcessor(ProcessorMixin):  # type: ignore[misc]
             raise UsageError(f"save_pretrained: {', '.join(options)} is not supported; upload the folder that it wrote")
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        for source in (self._folder / name for name in TOKENIZER_FILES):
+        for source in (self._folder / name for name in files.TOKENIZER_FILES):
             if source.exists() and source.resolve() != (target / source.name).resolve():
                 shutil.copyfile(source, target / source.name)
 
@@ -168,7 +167,7 @@ def fetch(name: str | os.PathLike[str], **options: Any) -> Path:
     kept = {option: options[option] for option in HUB_OPTIONS if option in options}
     if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return Path(name, kept.get("subfolder") or "")
-    wanted = (files.CONFIG, *TOKENIZER_FILES)
+    wanted = (files.CONFIG, *files.TOKENIZER_FILES)
     found = [cached_file(name, file, **kept, _raise_exceptions_for_missing_entries=False) for file in wanted]
     folders = {Path(path).parent for path in found if path is not None}  # one, of the one commit
     if not folders:

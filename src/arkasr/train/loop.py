@@ -40,9 +40,7 @@ from arkasr.train import states
 from arkasr.train.batches import Augmentation, Pieces
 from arkasr.train.ranks import Ranks, layers, local
 
-COPIED = (  # besides what training changes
-    "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json", files.GENERATION_CONFIG,
-)  # fmt: skip
+COPIED = (*files.TOKENIZER_FILES, "tokenizer_config.json", files.GENERATION_CONFIG)  # training changes none of them
 EVAL_CLIPS = 16  # heard together
 
 
