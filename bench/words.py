@@ -1,17 +1,21 @@
-"""Word times: how far from the truth, and what they cost; writes bench/results.
+"""Word times: how far from the truth, and what they cost in time and memory; writes bench/results.
 
-    python bench/words.py SPEECH [--out FILE]
+    python bench/words.py SPEECH [--model tiny] [--out FILE]
 
-SPEECH has fsdd/ and an4/ with manifests. Digits of FSDD's test part are joined with pauses, so that the true times of
-words are known; only recordings whose text came out right are counted. The cost is that of the engine and of the
-Transcriber on AN4's test clips, with word times and without by turns.
+SPEECH has fsdd/, an4/, long/ and music_nature/. Digits of FSDD's test part are joined with pauses, so that the true
+times of words are known; only recordings whose text came out right are counted. The cost is that of the engine and of
+the Transcriber on AN4's test clips, with word times and without by turns. Memory is the peak of a process of its own
+that transcribes the long file of bench/long.py. Linux only.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+import long  # bench/long.py
 from arkasr import load_model
 from arkasr.audio import SAMPLE_RATE, Waveform
 from arkasr.data import Utterance, read_manifest
@@ -32,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 RECORDINGS, MOST_PAUSE_S, LEVEL, FLOOR = 200, 0.25, 0.3, 3e-4
 SEEDS = (0, 1)  # the constants of arkasr.align were chosen on the first
 CLIPS, TURNS, BATCH = 30, 20, 16
+MINUTES = (10, 60)
 PLAIN, ALIGNED = DecodeOptions(), DecodeOptions(align=True)
 
 
@@ -63,9 +69,9 @@ def joined(utterances: Sequence[Utterance], seed: int) -> list[Joined]:
     return made
 
 
-def accuracy(recordings: Sequence[Joined], engine: EngineName, seed: int) -> dict[str, Any]:
+def accuracy(recordings: Sequence[Joined], name: str, engine: EngineName, seed: int) -> dict[str, Any]:
     """Distances of begins and ends from the true ones, with speech detection and all."""
-    model = load_model("tiny", engine=engine)
+    model = load_model(name, engine=engine)
     sources = ((one.waveform, SAMPLE_RATE) for one in recordings)
     off_s: list[float] = []
     right = 0
@@ -83,9 +89,9 @@ def accuracy(recordings: Sequence[Joined], engine: EngineName, seed: int) -> dic
     }  # fmt: skip
 
 
-def cost(waveforms: Sequence[Waveform], engine: EngineName) -> list[dict[str, Any]]:
+def cost(waveforms: Sequence[Waveform], name: str, engine: EngineName) -> list[dict[str, Any]]:
     """CPU seconds with over without, medians of turns: of the engine alone, and of all from waveform to text."""
-    model = load_model("tiny", engine=engine)
+    model = load_model(name, engine=engine)
 
     def alone(options: DecodeOptions) -> None:
         for start in range(0, len(waveforms), BATCH):
@@ -98,10 +104,10 @@ def cost(waveforms: Sequence[Waveform], engine: EngineName) -> list[dict[str, An
             pass
 
     rows = []
-    for name, run in {"engine": alone, "transcriber": whole}.items():
+    for what, run in {"engine": alone, "transcriber": whole}.items():
         ratios = [_spent_s(run, ALIGNED) / _spent_s(run, PLAIN) for _ in range(TURNS)]
         quartiles = [round(value, 3) for value in statistics.quantiles(ratios, n=4)]
-        rows.append({"engine": engine, "what": name, "clips": len(waveforms), "ratio_quartiles": quartiles})
+        rows.append({"engine": engine, "what": what, "clips": len(waveforms), "ratio_quartiles": quartiles})
     return rows
 
 
@@ -111,24 +117,65 @@ def _spent_s(run: Callable[[DecodeOptions], None], options: DecodeOptions) -> fl
     return time.process_time() - since
 
 
+def memory(speech: Path, name: str) -> list[dict[str, Any]]:
+    """Peaks of processes that transcribe a short and a long file: segment by segment, and as one transcript."""
+    rows = []
+    unit = long.repetition(speech)
+    with tempfile.TemporaryDirectory() as scratch:
+        for minutes in MINUTES:
+            recording = Path(scratch) / f"{minutes}.flac"
+            long.write(recording, unit, minutes * 60 * SAMPLE_RATE)
+            for how in ("segments", "segments with words", "transcript with words"):
+                command = [sys.executable, __file__, str(recording), "--model", name, "--child", how]
+                said = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+                rows.append({"minutes": minutes, "what": how, **said})
+            recording.unlink()
+    return rows
+
+
+def child(recording: Path, name: str, how: str) -> dict[str, Any]:
+    """Transcribe one file in this process."""
+    model = load_model(name, device="cpu")
+    options = ALIGNED if "words" in how else PLAIN
+    started = time.perf_counter()
+    if how.startswith("segments"):
+        counts = [(1, len(one.words)) for one in model.segments(recording, options=options)]
+    else:
+        counts = [(1, len(one.words)) for one in model.transcribe(recording, options=options).segments]
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    num_segments, num_words = (sum(column) for column in zip(*counts, strict=True))
+    return {
+        "segments": num_segments, "words": num_words, "peak_mb": round(int(found[1]) / 1000, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+
+
 def main() -> None:
-    """Every case once."""
+    """Every case once; or be the measured process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("speech", type=Path, help="the folder with fsdd and an4")
+    parser.add_argument("speech", type=Path, help="the folder with fsdd, an4, long and music_nature")
+    parser.add_argument("--model", default="tiny")
     parser.add_argument("--out", type=Path, help="default: bench/results/DATE-cpuN-words.json")
+    parser.add_argument("--child", help="SPEECH is a file: transcribe it so in this process")
     asked = parser.parse_args()
+    if asked.child is not None:
+        print(json.dumps(child(asked.speech, asked.model, asked.child)))
+        return
     others_load = round(os.getloadavg()[0], 2)
     digits = list(read_manifest(asked.speech / "fsdd" / "manifest.jsonl", split="test"))
     clips = [one.waveform() for one in read_manifest(asked.speech / "an4" / "manifest.jsonl", split="test")][:CLIPS]
     engines: tuple[EngineName, ...] = ("onnx", "pytorch")
     record = {
-        "what": "word times of tiny on joined digits, and their cost",
+        "what": "word times on joined digits, their cost, and the memory that they need",
+        "model": asked.model,
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **loop.provenance(),
         "others_load": others_load,  # before the first run: what else the machine was doing
-        "accuracy": [accuracy(joined(digits, seed), engine, seed) for seed in SEEDS for engine in engines],
-        "cost": [row for engine in engines for row in cost(clips, engine)],
+        "accuracy": [accuracy(joined(digits, seed), asked.model, engine, seed) for seed in SEEDS for engine in engines],
+        "cost": [row for engine in engines for row in cost(clips, asked.model, engine)],
+        "memory": memory(asked.speech, asked.model),
     }
     target = asked.out or ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-cpu{os.cpu_count()}-words.json"
     target.parent.mkdir(exist_ok=True)

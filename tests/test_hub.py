@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hub_server
-from arkasr import cli, download, export, files, hub, load_model, model, pins
+from arkasr import cli_models, download, export, files, hub, load_model, model, pins
 from arkasr.checkpoint import open_checkpoint
 from arkasr.errors import ArkASRError, CheckpointMismatchError, ModelNotFoundError, UsageError
 from arkasr.pins import LOCK, PINS, STAMPS, Pin
@@ -1394,7 +1394,7 @@ def test_the_default_model_is_0_6b_once_it_is_here(server: Hub, good: Snapshot, 
     tokens: dict[str, list[int]] = {}
     for model_name in ("tiny", "0.6b"):
         code, out, err = run("transcribe", clip, "--format", "json", *FEW)
-        assert (code, len(out), err) == (0, 1, [cli.TINY_NOTICE] if model_name == "tiny" else [])
+        assert (code, len(out), err) == (0, 1, [cli_models.TINY_NOTICE] if model_name == "tiny" else [])
         tokens["default"] = [token for one in json.loads(out[0])["segments"] for token in one["tokens"]]
         code, out, err = run("transcribe", clip, "--format", "json", *FEW, "--model", model_name)
         assert (code, len(out), err) == (0, 1, [])

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from arkasr.data import read_manifest
 from arkasr.engines import DecodeOptions, Generation
 from arkasr.recognize import Recognizer
 from arkasr.results import WRITERS, Segment, SubtitleOptions, Transcript, Word
-from arkasr.segment import Span
+from arkasr.segment import CHUNK_SAMPLES, Span
 from arkasr.text import TextRules
 from arkasr.transcribe import Transcriber
 from conftest import Run, byte_tokenizer
@@ -225,7 +226,7 @@ def test_words_are_inside_of_what_the_detector_took_for_speech(rules: TextRules)
 
 
 def test_joining_moves_no_word(rules: TextRules) -> None:
-    """Speech without a dip: spans overlap, words cut by an edge are left out; times are right to 1.5 audio tokens."""
+    """Speech without a dip: spans overlap, words cut by an edge are left out; times are right to an audio token."""
     shuffled = np.random.default_rng(2).permutation(list("abcdefghijklmnopqrstuvwxyz" * 8)).tolist()
     letters = "".join(letter for letter, following in pairwise(shuffled) if letter != following)
     for shift in range(0, WORD_SAMPLES, 1_100):
@@ -233,7 +234,7 @@ def test_joining_moves_no_word(rules: TextRules) -> None:
         transcript = transcribed(rules, Listening(), waveform, DecodeOptions(align=True, guard=False))
         assert sum(guards.JOINED in segment.flags for segment in transcript.segments) >= 2
         assert_words(transcript)
-        assert_times(transcript, letters, times_s, off_s=0.12)
+        assert_times(transcript, letters, times_s, off_s=0.08)
 
 
 def test_joining_words_that_disagree_keeps_them_in_order() -> None:
@@ -455,6 +456,84 @@ def test_digits_are_where_they_were_said(tiny: Checkpoint, digits: list[Joined])
     assert np.median(off_s) <= 0.04
     assert np.percentile(off_s, 95) <= 0.15
     assert max(off_s) <= 0.3
+
+
+@pytest.mark.parametrize("name", ["kathleen_arctic_joined_en", "kerstin_joined_de"])
+def test_words_of_long_recordings_are_inside_their_utterances(tiny: Checkpoint, shared: Path, name: str) -> None:
+    """Six minutes, of which it is known when somebody spoke; `tiny` writes nonsense of them, but while they speak.
+
+    The detector, inside of whose times all words are, tells them in chunks of 32 ms.
+    """
+    records = map(json.loads, (shared / "speech" / "long" / "manifest.jsonl").read_text().splitlines())
+    (record,) = (one for one in records if one["audio"] == f"{name}.flac")
+    transcript = arkasr.load_model(tiny.folder).transcribe(
+        shared / "speech" / "long" / record["audio"], options=ALIGNED
+    )
+    assert_words(transcript)
+    chunks_s = 2 * CHUNK_SAMPLES / SAMPLE_RATE
+    spoken_s = [(one["start"] - chunks_s, one["end"] + chunks_s) for one in record["segments"]]
+    owners = []
+    for word in words_of(transcript):
+        (owner,) = (n for n, (start, end) in enumerate(spoken_s) if start <= word.start_s <= word.end_s <= end)
+        owners.append(owner)
+    assert len(owners) > 600
+    assert owners == sorted(owners)
+    assert len(set(owners)) > 0.9 * len(spoken_s)
+
+
+def test_right_words_are_inside_their_own_utterance(tiny: Checkpoint, shared: Path) -> None:
+    """AN4's test clips with 0.6 s between them: of the words that come out right it is known whose they are."""
+    clips = list(read_manifest(shared / "speech" / "an4" / "manifest.jsonl", split="test"))[:40:2]
+    pieces, owners, clips_s = list[Waveform](), list[int](), list[tuple[float, float]]()
+    for n, clip in enumerate(clips):
+        at = sum(map(len, pieces))
+        pieces += [clip.waveform(), np.zeros(9_600, np.float32)]
+        clips_s.append((at / SAMPLE_RATE, (at + len(pieces[-2])) / SAMPLE_RATE))
+        owners += [n] * len(results.words(clip.text))
+    expected = results.words(" ".join(clip.text for clip in clips))
+    source = (np.concatenate(pieces), SAMPLE_RATE)
+    words = words_of(arkasr.load_model(tiny.folder).transcribe(source, options=ALIGNED))
+    blocks = SequenceMatcher(None, expected, [word.text for word in words], autojunk=False).get_matching_blocks()
+    right = [(owners[block.a + n], words[block.b + n]) for block in blocks for n in range(block.size)]
+    assert len(right) > 0.8 * len(expected) > 40
+    for owner, word in right:
+        assert clips_s[owner][0] <= word.start_s <= word.end_s <= clips_s[owner][1]
+
+
+def test_times_are_the_same_in_one_span_and_in_two_that_overlap(tiny: Checkpoint, digits: list[Joined]) -> None:
+    """A word that the first one's end cuts ends where the second heard it end: one in 18 was too short, or too long.
+
+    They agree within an audio token where the text does, but for the neighbours of words that one of the spans missed.
+    """
+    engine = arkasr.load_model(tiny.folder).engine
+    recognizer = Recognizer(engine, tiny.rules, ALIGNED, vad=False)
+
+    def words(*edges: tuple[int, int]) -> list[Word]:
+        spans = [Span(a, one.waveform[a:b], a, b, 1.0) for a, b in edges]
+        spans[1:] = [replace(now, overlap=before.end - now.start) for before, now in pairwise(spans)]
+        said: list[Segment] = []
+        held: list[Segment] = []
+        for n, (span, heard) in enumerate(zip(spans, recognizer.segments(spans), strict=True)):
+            assert not isinstance(heard, Exception)
+            held, now = recognize.joined(held, heard[0], spans[n - 1], span) if n else ([], heard[0])
+            said, held = [*said, *held], now
+        transcript = Transcript("", (*said, *held), len(one.waveform) / SAMPLE_RATE)
+        assert_words(transcript)
+        return words_of(transcript)
+
+    off_s: list[float] = []
+    for one in digits[:30]:
+        length = len(one.waveform)
+        if length < 40_000:
+            continue
+        whole = words((0, length))
+        for cut in np.linspace(0.5, 0.8, 4) * length:
+            parts = words((0, int(cut)), (int(cut) - 20_000, length))
+            if [word.text for word in parts] == [word.text for word in whole]:
+                pairs = zip(parts, whole, strict=True)
+                off_s += [max(abs(a.start_s - b.start_s), abs(a.end_s - b.end_s)) for a, b in pairs]
+    assert len(off_s) > 150
+    assert np.mean(np.array(off_s) <= 0.0801) > 0.98
 
 
 def test_the_command_writes_words(run: Run, tmp_path: Path, digits: list[Joined]) -> None:

@@ -351,6 +351,42 @@ def _as_floats(samples: npt.NDArray[np.generic]) -> Block:
     return values / np.float32(2 ** (8 * samples.dtype.itemsize - 1))
 
 
+class Pcm16:
+    """16-bit little-endian mono samples as they come, at any rate, to waveforms."""
+
+    def __init__(self, rate: int, *, name: str = "audio") -> None:
+        """Raise an AudioError, which calls the audio by its name, where nothing can be of such a rate."""
+        if not MIN_RATE <= rate <= MAX_RATE:
+            raise AudioError(f"{name}: sample rate {rate} Hz is outside {MIN_RATE}..{MAX_RATE}")
+        self._name, self._rest = name, b""
+        self._resampler = (
+            None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+        )
+
+    def add(self, data: bytes) -> Waveform:
+        """The samples that these bytes complete; the resampler keeps some hundredths of a second."""
+        data = self._rest + data
+        whole = len(data) - len(data) % 2
+        self._rest = data[whole:]
+        return self._at_16_khz(_as_floats(np.frombuffer(data[:whole], "<i2")))
+
+    def end(self) -> Waveform:
+        """What was kept.
+
+        Raises:
+            AudioError: half a sample is left over.
+        """
+        if self._rest:
+            raise AudioError(f"{self._name}: ended in the middle of a sample; something cut it")
+        return self._at_16_khz(np.zeros(0, np.float32), last=True)
+
+    def _at_16_khz(self, samples: Waveform, *, last: bool = False) -> Waveform:
+        if self._resampler is None:
+            return samples
+        resampled: Waveform = self._resampler.resample_chunk(samples, last=last)
+        return resampled
+
+
 def num_mel_frames(num_samples: int) -> int:
     """Mel frames of a clip, 100 a second."""
     return num_samples // HOP_SAMPLES

@@ -25,9 +25,20 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from arkasr import __version__, audio, cli_keys, cli_models, export, hub, jobs
+from arkasr import __version__, audio, cli_keys, cli_models, export, jobs
 from arkasr.checkpoint import open_checkpoint
-from arkasr.cli_models import MODEL_HELP, ModelArgument, OfflineOption, bar, pull, report
+from arkasr.cli_models import (
+    DeviceOption,
+    DtypeChoice,
+    DtypeOption,
+    ModelArgument,
+    ModelOption,
+    OfflineOption,
+    bar,
+    chosen,
+    pull,
+    report,
+)
 from arkasr.engines import ANSWER_S, MAX_NEW_TOKENS, PARALLEL, DecodeOptions
 from arkasr.errors import ArkASRError, MissingExtraError, UsageError
 from arkasr.results import (
@@ -41,7 +52,7 @@ from arkasr.results import (
 )
 from arkasr.transcribe import BATCH_SIZE, MAX_BATCH_SIZE, Transcriber, load_model
 
-LATER = {"eval": "arkasr.cli_eval", "train": "arkasr.cli_train"}
+LATER = {"listen": "arkasr.cli_listen", "eval": "arkasr.cli_eval", "train": "arkasr.cli_train"}
 
 
 class _Commands(TyperGroup):
@@ -71,10 +82,6 @@ app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_keys.app, name="keys")
 app.command("usage")(cli_keys.usage)
 
-TINY_NOTICE = (
-    "model tiny: a small demonstration model for English letters, digits, dates and short commands; "
-    "for real transcription run `ark-asr models pull 0.6b` once, which makes 0.6b the default"
-)
 PER_PLACE = 8  # spans of a batch for each that an endpoint hears at a time, lest the last ones hold up the next batch
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -87,17 +94,6 @@ class EngineChoice(StrEnum):
     ONNX = "onnx"
     VLLM = "vllm"
     OPENAI = "openai"
-
-
-class DtypeChoice(StrEnum):
-    """Names of --dtype."""
-
-    AUTO = "auto"
-    INT8 = "int8"
-    INT4 = "int4"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 class PrecisionChoice(StrEnum):
@@ -136,10 +132,7 @@ def _main(
 @app.command()
 def transcribe(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Audio files; - is standard input.")],
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help=f"{MODEL_HELP}  [default: 0.6b when it was downloaded, else tiny]"),
-    ] = None,
+    model: ModelOption = None,
     offline: OfflineOption = False,
     engine: Annotated[
         EngineChoice, typer.Option(help="What runs the network; openai is the endpoint at --base-url.")
@@ -161,10 +154,8 @@ def transcribe(
         float | None,
         typer.Option(help="Most seconds of audio sent to the endpoint, all tries counted.  [default: no limit]"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        DtypeChoice, typer.Option(help="Precision; auto is int8 on a CPU and float32 on CUDA.")
-    ] = DtypeChoice.AUTO,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeChoice.AUTO,
     max_new_tokens: Annotated[
         int, typer.Option(help="Most tokens a clip; its duration limits them too.")
     ] = MAX_NEW_TOKENS,
@@ -255,11 +246,7 @@ def _recognizer(
             flag = {"key_variable": "api_key_env"}.get(name, name).replace("_", "-")
             raise UsageError(f"--{flag} does not go with --engine {engine}; leave it out")
     if not is_there:
-        if model is None:
-            model = hub.default_model()
-            if model == "tiny":
-                print(TINY_NOTICE, file=sys.stderr)
-        folder = pull(model, offline=here["offline"])
+        folder = chosen(model, offline=here["offline"])
         yield lambda: load_model(folder, engine=engine.value, device=here["device"], dtype=here["dtype"], report=report)
         return
     if model is None or there["base_url"] is None:

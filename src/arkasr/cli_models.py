@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,14 +25,45 @@ from arkasr.errors import ArkASRError
 
 app = typer.Typer(help="Download, check and remove models.", no_args_is_help=True, rich_markup_mode=None)
 
+TINY_NOTICE = (
+    "model tiny: a small demonstration model for English letters, digits, dates and short commands; "
+    "for real transcription run `ark-asr models pull 0.6b` once, which makes 0.6b the default"
+)
+
+
+class DtypeChoice(StrEnum):
+    """Names of --dtype."""
+
+    AUTO = "auto"
+    INT8 = "int8"
+    INT4 = "int4"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 MODEL_HELP = "0.6b, 3b, tiny, ORG/NAME@COMMIT of a hub, or a checkpoint's folder."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help=f"{MODEL_HELP}  [default: 0.6b when it was downloaded, else tiny]")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[DtypeChoice, typer.Option(help="Precision; auto is int8 on a CPU and float32 on CUDA.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Make no network call; HF_HUB_OFFLINE=1 says the same.")]
 
 
 def report(line: str) -> None:
     """Say something that is no result."""
     print(f"ark-asr: {line}", file=sys.stderr)
+
+
+def chosen(model: str | None, *, offline: bool) -> Path:
+    """The folder of a model, or of the default one, with a notice where that is a small one."""
+    if model is None:
+        model = hub.default_model()
+        if model == "tiny":
+            print(TINY_NOTICE, file=sys.stderr)
+    return pull(model, offline=offline)
 
 
 def pull(model: str, *, offline: bool) -> Path:

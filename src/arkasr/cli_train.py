@@ -1,4 +1,4 @@
-"""The part of the command line that trains: sft, teacher-data, opd and export."""
+"""The part of the command line that trains: sft, teacher-data, opd, align-heads and export."""
 
 import importlib
 from collections.abc import Sequence
@@ -30,6 +30,12 @@ def teacher_data(context: typer.Context) -> None:
 def opd(context: typer.Context) -> None:
     """On-policy distillation: a teacher judges the student's own words; --help lists the flags."""
     _run("opd", context.args)
+
+
+@app.command("align-heads", add_help_option=False, context_settings=PASSED_ON)
+def align_heads(context: typer.Context) -> None:
+    """Find the attention heads by which word times are told; --help lists the flags."""
+    _run("align-heads", context.args)
 
 
 @app.command("export")

@@ -17,6 +17,7 @@ LOOP, TOO_LONG, TOO_FAST, REPETITIVE, EMPTY = "loop", "too_long", "too_fast", "r
 # ... and what was done.
 SPLIT, PADDED, SAMPLED, CUT = "split", "padded", "sampled", "cut"
 NO_SPEECH, JOINED = "no_speech", "joined"
+SHOWN = "shown"  # while it was said, and kept though the last hearing says otherwise
 
 # More tokens a second than this, which all repeat, are a loop and not somebody who repeats himself.
 FAST_TOKENS_PER_S = 6

@@ -54,6 +54,16 @@ class Recognizer:
                 heard = error
             yield heard
 
+    def glance(self, span: Span) -> Segment | None:
+        """What a span seems to say, heard once; None where that is in doubt, or got no answer."""
+        (generation,) = self._engine.generate([span.waveform], self._options)
+        if generation.failure is not None:
+            return None
+        said = self._segment(span, generation, self._options)
+        if self._options.guard and self._doubts(said, generation, len(span.waveform)):
+            return None
+        return self._spoken(said)
+
     def _spoken(self, said: Segment) -> Segment:
         """The segment, without its text where nobody spoke."""
         speech = 1 - said.no_speech_probability
@@ -198,17 +208,16 @@ def joined(
         overlap_of_left=span.overlap / len(before.waveform),
         overlap_of_right=span.overlap / len(span.waveform),
     )
-    kept = [[word for one in these for word in one.words] for these in (held, segments)]
-    kept = [kept[0][: len(results.words(texts[0]))], kept[1][max(0, len(kept[1]) - len(results.words(texts[1]))) :]]
+    ours, theirs = ([word for one in these for word in one.words] for these in (held, segments))
+    dropped = max(0, len(theirs) - len(results.words(texts[1])))
+    kept = _ended(ours[: len(results.words(texts[0]))], theirs[:dropped]), theirs[dropped:]
     border_s = _border_s((span.start + span.overlap / 2) / audio.SAMPLE_RATE, *kept)
     merged = [
         replace(
-            _worded(these[0], _within(words, *times_s)),
+            _worded(together(these), _within(words, *times_s)),
             start_s=times_s[0],
             end_s=times_s[1],
             text=text,
-            tokens=tuple(token for one in these for token in one.tokens),
-            logprobs=tuple(logprob for one in these for logprob in one.logprobs),
             flags=tuple(dict.fromkeys((*(flag for one in these for flag in one.flags), guards.JOINED))),
         )
         for these, text, words, times_s in zip(
@@ -216,6 +225,29 @@ def joined(
         )
     ]
     return merged[:1], merged[1:]
+
+
+def together(segments: Sequence[Segment]) -> Segment:
+    """Segments in a row as one; what tells of all of them is the first one's."""
+    return replace(
+        segments[0],
+        end_s=segments[-1].end_s,
+        text=results.join_texts(one.text for one in segments),
+        tokens=tuple(token for one in segments for token in one.tokens),
+        logprobs=tuple(logprob for one in segments for logprob in one.logprobs),
+        flags=tuple(dict.fromkeys(flag for one in segments for flag in one.flags)),
+        words=tuple(word for one in segments for word in one.words),
+    )
+
+
+def _ended(words: list[Word], again: Sequence[Word]) -> list[Word]:
+    """Words of a span with the end of the last from the next span, if that heard it again as the last of these.
+
+    Behind it comes the end of its own span, which may have cut it, or left it what was heard of the next word.
+    """
+    if not words or not again or segment.plain(words[-1].text) != segment.plain(again[-1].text):
+        return words
+    return [*words[:-1], replace(words[-1], end_s=max(words[-1].start_s, again[-1].end_s))]
 
 
 def _border_s(middle_s: float, left: Sequence[Word], right: Sequence[Word]) -> float:

@@ -282,9 +282,14 @@ def _shown(text: str) -> list[str]:
     return _CONTROLS.sub(" ", text).split()
 
 
+def on_one_line(text: str) -> str:
+    """A text without line ends and control characters, of which a terminal would do what they say."""
+    return " ".join(_shown(text))
+
+
 def _spoken(transcript: Transcript) -> list[tuple[Segment, str]]:
     """Segments with text, and their texts on one line each."""
-    texts = [" ".join(_shown(segment.text)) for segment in transcript.segments]
+    texts = [on_one_line(segment.text) for segment in transcript.segments]
     return [(segment, text) for segment, text in zip(transcript.segments, texts, strict=True) if text]
 
 

@@ -37,6 +37,7 @@ PAUSE_CHUNKS = 13  # 0.42 s: a pause as long as this ends a span
 MIN_SPEECH_CHUNKS = 3  # what is shorter is a click
 SILENCE_CHUNKS = 16  # around a short recording, of which ...
 LOUD, LEAST_PEAK = 0.5, 1e-3  # ... the peak is raised or lowered to the one, where it is above the other
+FADING = 0.5 ** (CHUNK_SAMPLES / SAMPLE_RATE / 10)  # a chunk; in 10 s a peak fades to half
 PAD_SAMPLES = 6_400  # 0.4 s kept on either side; neighbours may share the silence between them
 MAX_SAMPLES = MAX_CLIP_S * SAMPLE_RATE
 SEARCH_SAMPLES = 10 * SAMPLE_RATE  # the end of a full span, where a place to cut is looked for
@@ -79,6 +80,29 @@ class Span:
         return self.start + len(self.waveform)
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Where spans of a stream begin and end.
+
+    Attributes:
+        speech: the probability at which one begins.
+        pause_samples: without speech, that end it.
+        prefix_samples: kept before its speech.
+        overlap: whether a span of 30 s that has no quiet point shares its end with the next one, for `join` to find
+            the words that both heard; else it is cut where it is least loud.
+    """
+
+    speech: float = SPEECH
+    pause_samples: int = PAUSE_CHUNKS * CHUNK_SAMPLES
+    prefix_samples: int = PAD_SAMPLES
+    overlap: bool = True
+
+    @property
+    def no_speech(self) -> float:
+        """The probability below which speech pauses."""
+        return max(self.speech - (SPEECH - NO_SPEECH), 0.01)
+
+
 @lru_cache(maxsize=1)
 def _vad_session() -> Any:
     from arkasr import runtime  # takes half a second, which --help need not wait for
@@ -89,7 +113,10 @@ def _vad_session() -> Any:
 class VoiceActivity:
     """Silero VAD over a stream: how probable speech is in each chunk of 512 samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, level: bool = False) -> None:
+        """With `level`, each chunk is heard as loud as it were had the loudest of the last seconds a peak of 0.5."""
+        self._level = level
+        self._peak = LEAST_PEAK
         self._session = _vad_session()
         self._state = [np.zeros((1, 1, VAD_STATE), np.float32) for _ in range(2)]
         self._context = np.zeros(VAD_CONTEXT_SAMPLES, np.float32)
@@ -101,11 +128,20 @@ class VoiceActivity:
         contexts = np.concatenate([self._context, waveform])[: len(waveform)].reshape(-1, CHUNK_SAMPLES)
         mirrored = chunks[:, -2 : -2 - VAD_CONTEXT_SAMPLES : -1]
         x = np.concatenate([contexts[:, :VAD_CONTEXT_SAMPLES], chunks, mirrored], axis=1)
+        if self._level:
+            x = (x * (LOUD / self._peaks(chunks))[:, None]).clip(-1, 1)
         self._context = waveform[-VAD_CONTEXT_SAMPLES:]
         hidden, cell = self._state
         feeds = {"chunks": x[:, None], "hidden": hidden, "cell": cell}
         speech, *self._state = self._session.run(["speech", "new_hidden", "new_cell"], feeds)
         return speech  # type: ignore[no-any-return]
+
+    def _peaks(self, chunks: Waveform) -> npt.NDArray[np.float32]:
+        """The peak [n] of all until each chunk, which fades."""
+        peaks = np.empty(len(chunks), np.float32)
+        for n, peak in enumerate(np.abs(chunks).max(axis=1).tolist()):
+            self._peak = peaks[n] = max(peak, self._peak * FADING, LEAST_PEAK)
+        return peaks
 
 
 def split(blocks: Iterable[Waveform], *, vad: bool = True) -> Iterator[Span]:
@@ -122,7 +158,7 @@ def split(blocks: Iterable[Waveform], *, vad: bool = True) -> Iterator[Span]:
         if head:
             yield _whole(np.concatenate(head), hear)
         return
-    splitter = _Splitter(hear)
+    splitter = Splitter(hear)
     for block in chain(head, stream):
         yield from splitter.add(block)
     yield from splitter.end()
@@ -169,11 +205,12 @@ def _loudest(speech: Probabilities) -> float:
     return float(np.convolve(speech, np.full(width, 1 / width), "valid").max()) if width else 0.0
 
 
-class _Splitter:
+class Splitter:
     """Takes samples, and gives spans as soon as their end is known."""
 
-    def __init__(self, hear: Hear) -> None:
-        self._vad = hear
+    def __init__(self, hear: Hear, ends: Ends = Ends()) -> None:
+        """`hear` tells the probabilities of speech."""
+        self._vad, self._ends = hear, ends
         self._samples = np.zeros(0, np.float32)  # from sample _base on
         self._base = 0
         self._unheard = np.zeros(0, np.float32)  # less than a chunk, which the VAD has not had
@@ -193,6 +230,23 @@ class _Splitter:
                 yield from self._hear(piece, self._vad(piece))
         self._unheard = self._unheard[len(self._unheard) // CHUNK_SAMPLES * CHUNK_SAMPLES :]
 
+    def pending(self) -> Span | None:
+        """The span in the making, as far as it was heard; None where there is none, or what may be a click."""
+        if self._begin is None or not self._is_speech(self._last):
+            return None
+        return self._span(min(self._last + PAD_SAMPLES, self._base + len(self._samples)), self._last)
+
+    def cut(self) -> Iterator[Span]:
+        """The span in the making, which is ended here; the next one shares nothing with it."""
+        if self._begin is not None:
+            yield from self._spans_to(min(self._last + PAD_SAMPLES, self._base + len(self._samples)), self._last)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all samples so far, but for less than a chunk."""
+        self._begin, self._overlap = None, 0
+        self._forget(self._base + len(self._samples))
+
     def end(self) -> Iterator[Span]:
         """The span that the end of the audio ends."""
         rest = len(self._unheard)
@@ -209,24 +263,30 @@ class _Splitter:
         for probability in speech.tolist():
             self._speech.append(probability)
             following = at + CHUNK_SAMPLES
-            if self._begin is None and probability >= SPEECH:
-                self._begin, self._first = max(at - PAD_SAMPLES, self._base), at
+            if self._begin is None and probability >= self._ends.speech:
+                self._begin, self._first = max(at - self._ends.prefix_samples, self._base), at
                 self._last = following
-            elif self._begin is not None and probability >= NO_SPEECH:
+            elif self._begin is not None and probability >= self._ends.no_speech:
                 self._last = following
-            elif self._begin is not None and following - self._last >= PAUSE_CHUNKS * CHUNK_SAMPLES:
-                yield from self._spans_to(self._last + PAD_SAMPLES, self._last)
+            elif self._begin is not None and following - self._last >= self._ends.pause_samples:
+                yield from self._spans_to(min(self._last + PAD_SAMPLES, following), self._last)
             at = following
             if self._begin is not None and at - self._begin >= MAX_SAMPLES:
                 yield self._full()
-        self._forget(at - PAD_SAMPLES if self._begin is None else self._begin)
+        self._forget(at - self._ends.prefix_samples if self._begin is None else self._begin)
 
     def _spans_to(self, end: int, last: int) -> Iterator[Span]:
         """Everything up to `end`, and begin anew; clicks are left out."""
         assert self._begin is not None
-        if last > self._cut and (self._cut >= self._begin or last - self._first >= MIN_SPEECH_CHUNKS * CHUNK_SAMPLES):
+        if self._is_speech(last):
             yield self._span(min(end, self._begin + MAX_SAMPLES), last)
         self._begin, self._overlap = None, 0
+
+    def _is_speech(self, last: int) -> bool:
+        """Whether the span in the making, with speech up to `last`, is more than a click or what was given before."""
+        assert self._begin is not None
+        is_long = last - self._first >= MIN_SPEECH_CHUNKS * CHUNK_SAMPLES
+        return last > self._cut and (self._cut >= self._begin or is_long)
 
     def _full(self) -> Span:
         """The span in the making has 30 s: cut it where that hurts least, and go on behind."""
@@ -243,11 +303,11 @@ class _Splitter:
         start = end - SEARCH_SAMPLES
         first_chunk = -(-(start - self._base) // CHUNK_SAMPLES)
         speech = np.array(self._speech[first_chunk : (end - self._base) // CHUNK_SAMPLES])
-        longest = max(_runs(speech < NO_SPEECH), key=lambda run: (run[1] - run[0], run[0]), default=(0, 0))
+        longest = max(_runs(speech < self._ends.no_speech), key=lambda run: (run[1] - run[0], run[0]), default=(0, 0))
         if longest[1] - longest[0] >= 2:
             return self._base + (first_chunk * 2 + sum(longest)) * CHUNK_SAMPLES // 2, 0
         quietest, power = _quietest(self._samples[start - self._base : end - self._base])
-        if power < QUIET**2:
+        if power < QUIET**2 or not self._ends.overlap:
             return start + quietest, 0
         return end, OVERLAP_SAMPLES
 
@@ -294,8 +354,8 @@ def join(left: str, right: str, *, overlap_of_left: float, overlap_of_right: flo
         overlap_of_left: part of the left span that they share, in (0, 1].
         overlap_of_right: part of the right one.
     """
-    ours, theirs = _WORD.findall(left), _WORD.findall(right)
-    ours_plain, theirs_plain = ([_plain(word) for word in words] for words in (ours, theirs))
+    ours, theirs = spaced_words(left), spaced_words(right)
+    ours_plain, theirs_plain = ([plain(word) for word in words] for words in (ours, theirs))
     expected = (len(ours) * overlap_of_left + len(theirs) * overlap_of_right) / 2
     counts = Counter(ours_plain + theirs_plain)
     rarities = [1 - math.log(max(counts[word] / 2, 1)) / math.log(counts.total() + 1) for word in theirs_plain]
@@ -312,6 +372,11 @@ def join(left: str, right: str, *, overlap_of_left: float, overlap_of_right: flo
     return "".join(ours[:cut_left]).rstrip(), "".join(theirs[cut_right:]).lstrip()
 
 
-def _plain(word: str) -> str:
+def spaced_words(text: str) -> list[str]:
+    """The words of `results.words`, each with the space before it; in a row they are the text."""
+    return _WORD.findall(text)
+
+
+def plain(word: str) -> str:
     """A word without case and punctuation, by which it is recognized."""
     return "".join(letter for letter in word.casefold() if letter.isalnum()) or word.strip()

@@ -22,10 +22,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from arkasr import __version__
 from arkasr.errors import ArkASRError
-from arkasr.server import routes
+from arkasr.server import realtime, routes
 from arkasr.server.described import SHARED, Ready, answers
 from arkasr.server.openai import Refusal, refusal_of
 from arkasr.server.service import Service, Visit
@@ -69,6 +70,7 @@ def create(settings: Settings) -> FastAPI:
     app.state.service = service
     app.include_router(routes.router)
     _add_pages(app, service)
+    _add_sockets(app, service)
     _add_errors(app, service.metrics)
     app.add_middleware(_Front, service=service)
     if settings.cors_origin:
@@ -117,6 +119,23 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         return HTMLResponse(_docs(app.openapi()), headers={"content-security-policy": PAGE_POLICY})
+
+
+def _add_sockets(app: FastAPI, service: Service) -> None:
+    """The WebSocket, and what is said where it is missed."""
+    app.add_api_websocket_route("/v1/realtime", realtime.realtime)
+
+    @app.get("/v1/realtime", include_in_schema=False)
+    async def no_socket() -> Response:
+        message = "this is a WebSocket; a proxy must pass on the headers Upgrade and Connection"
+        headers = {"upgrade": "websocket", "connection": "upgrade"}
+        raise Refusal(426, message, code="upgrade_required", headers=headers)
+
+    async def nowhere(websocket: WebSocket) -> None:
+        refusal = Refusal(404, f"{websocket.url.path[:200]}: no WebSocket; there is /v1/realtime", code="not_found")
+        await realtime.refuse(websocket, service, refusal, {})
+
+    app.add_api_websocket_route("/{path:path}", nowhere)
 
 
 def _docs(schema: Mapping[str, Any]) -> str:
@@ -200,21 +219,26 @@ class _Front:
         self._hosts = {*LOCAL_HOSTS, settings.host, *settings.allowed_host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         started, status, unread = time.perf_counter(), 499, False
         state: dict[str, Any] = scope.setdefault("state", {})
         scope["state"] = state = {**state, "id": "req_" + secrets.token_hex(12)}
+        is_socket = scope["type"] == "websocket"
 
         async def send_safely(message: Message) -> None:
             nonlocal status, unread
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            kind = message["type"].removeprefix("websocket.")
+            if kind in {"http.response.start", "accept"}:
+                status = message.get("status", 101)
                 headers = MutableHeaders(scope=message)
                 for name, value in SAFE.items():
                     headers.setdefault(name, value)
                 headers["x-request-id"] = state["id"]
+            if is_socket:  # which has patience of its own
+                await send(message)
+                return
             visit = state.get("visit")
             left_s = visit.deadline - time.monotonic() if isinstance(visit, Visit) else 0.0
             try:

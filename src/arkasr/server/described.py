@@ -73,14 +73,24 @@ class Heard(_Exact):
     flags: list[str]
 
 
+class Said(_Exact):
+    """A word of verbose_json."""
+
+    word: str
+    start: float
+    end: float
+    probability: float
+
+
 class Verbose(_Exact):
-    """verbose_json."""
+    """verbose_json; segments, words or both, as the request's granularities say."""
 
     task: Literal["transcribe"]
     language: str
     duration: float
     text: str
-    segments: list[Heard]
+    segments: list[Heard] = []
+    words: list[Said] = []
     usage: Usage
 
 

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from arkasr import audio
-from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions
+from arkasr.engines import MAX_NEW_TOKENS, DecodeOptions, EngineName
 from arkasr.engines.shared import EngineClosedError
 from arkasr.errors import ArkASRError, AudioError, MissingExtraError, NoAnswerError, quoted
-from arkasr.results import DEFAULT_SUBTITLES, WRITERS, Segment, Transcript, added, segment_record
+from arkasr.results import DEFAULT_SUBTITLES, WRITERS, Segment, Transcript, added, segment_record, word_records
 from arkasr.server.accounts import LimitError, decimal_text
 from arkasr.server.telemetry import log
 from arkasr.text import TextRules
@@ -126,7 +126,7 @@ class Parameters(BaseModel):
     stream: bool = Field(False, description="server-sent events, text as soon as it is known")
     timestamp_granularities: Annotated[
         list[Literal["word", "segment"]], BeforeValidator(_listed), Field(max_length=2)
-    ] = []
+    ] = Field([], description="verbose_json only, where none is segment; in a stream, with each delta")
     include: Annotated[list[Literal["logprobs", "segments"]], BeforeValidator(_listed), Field(max_length=2)] = Field(
         [], description="logprobs of tokens (json only); segments: ours, start and end with each delta of a stream"
     )
@@ -152,7 +152,8 @@ class Parameters(BaseModel):
     @property
     def options(self) -> DecodeOptions:
         """How to decode."""
-        return DecodeOptions(self.max_new_tokens or MAX_NEW_TOKENS, self.temperature, self.seed)
+        align = "word" in self.timestamp_granularities
+        return DecodeOptions(self.max_new_tokens or MAX_NEW_TOKENS, self.temperature, self.seed, align=align)
 
 
 def read_parameters(fields: Mapping[str, object]) -> Parameters:
@@ -220,8 +221,6 @@ def _refuse_unsupported(parameters: Parameters) -> None:
         refuse("response_format", "diarized_json: this server does not tell speakers apart; use verbose_json")
     if parameters.known_speaker_names or parameters.known_speaker_references:
         refuse("known_speaker_names", "known_speaker_*: this server does not tell speakers apart")
-    if "word" in parameters.timestamp_granularities:
-        refuse("timestamp_granularities", "word: no word timestamps yet; use segment")
     if parameters.timestamp_granularities and kind != "verbose_json":
         refuse("timestamp_granularities", "timestamp_granularities: set response_format to verbose_json")
     if "logprobs" in parameters.include and kind != "json":
@@ -232,22 +231,27 @@ def _refuse_unsupported(parameters: Parameters) -> None:
         refuse("stream", f"stream: events are no {kind}; leave response_format out, or stream")
 
 
-def refuse_at_back_end(options: DecodeOptions, include: Sequence[str] = ()) -> None:
-    """Raise a Refusal of what a model at a back end, which tells its text alone, cannot be asked for."""
-    for param, asked in (
-        ("include", "logprobs" in include),
-        ("max_new_tokens", options.max_new_tokens != MAX_NEW_TOKENS),
-        ("temperature", options.temperature > 1),
-    ):
-        if asked:
-            message = f"{param}: the model runs at a back end, which {_AT_BACK_END[param]}"
-            raise Refusal(400, message, code="unsupported_parameter", param=param)
+def refuse_untold(engine: EngineName, options: DecodeOptions, include: Sequence[str] = ()) -> None:
+    """Raise a Refusal of what the server's engine cannot be asked for."""
+    asked = {
+        "include": "logprobs" in include,
+        "max_new_tokens": options.max_new_tokens != MAX_NEW_TOKENS,
+        "temperature": options.temperature > 1,
+        "timestamp_granularities": options.align,
+    }
+    for param, why in _UNTOLD.get(engine, {}).items():
+        if asked[param]:
+            raise Refusal(400, f"{param}: the model runs {why}", code="unsupported_parameter", param=param)
 
 
-_AT_BACK_END = {
-    "include": "does not tell its tokens; leave logprobs out",
-    "max_new_tokens": "counts its tokens itself; leave it out",
-    "temperature": "takes 0 to 1",
+_UNTOLD: Mapping[EngineName, Mapping[str, str]] = {
+    "openai": {
+        "include": "at a back end, which does not tell its tokens; leave logprobs out",
+        "max_new_tokens": "at a back end, which counts its tokens itself; leave it out",
+        "temperature": "at a back end, which takes 0 to 1",
+        "timestamp_granularities": "at a back end, which tells no times of words; leave word out",
+    },
+    "vllm": {"timestamp_granularities": "in vLLM, which tells no times of words; leave word out"},
 }
 
 
@@ -304,9 +308,13 @@ def body(transcript: Transcript, parameters: Parameters, bill: Bill, rules: Text
                 "language": parameters.language or "und",  # it is not detected; the client's type wants a string
                 "duration": bill.seconds,
                 "text": transcript.text,
-                "segments": [_segment(number, segment) for number, segment in enumerate(spoken)],
                 "usage": bill.by_duration(),
             }
+            granularities = parameters.timestamp_granularities or ["segment"]
+            if "segment" in granularities:
+                record["segments"] = [_segment(number, segment) for number, segment in enumerate(spoken)]
+            if "word" in granularities:
+                record["words"] = [word for segment in spoken for word in word_records(segment)["words"]]
             return _json(record), "application/json"
         case other:
             out = io.StringIO()
@@ -346,8 +354,11 @@ class Events:
         self._text += delta
         if "logprobs" in self._parameters.include:
             event["logprobs"] = logprobs([segment], self._rules)
-        if "segments" in self._parameters.include:
+        granularities = self._parameters.timestamp_granularities
+        if "segments" in self._parameters.include or "segment" in granularities:
             event |= {"segment_id": str(self._number), "start": segment.start_s, "end": segment.end_s}
+        if "word" in granularities:
+            event["words"] = word_records(segment)["words"]
         self._number += 1
         return _event(event)
 

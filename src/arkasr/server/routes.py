@@ -75,8 +75,7 @@ async def _transcribe(request: Request, receive: Receive, send: Send) -> None:
         with await service.upload(visit, request) as upload:
             parameters = openai.read_parameters(upload.fields)
             model = service.allowed_model(visit, parameters.model)
-            if not service.models.is_here(model):
-                openai.refuse_at_back_end(parameters.options, parameters.include)
+            openai.refuse_untold(service.settings.engine, parameters.options, parameters.include)
             if parameters.ignored:
                 visit.headers[openai.IGNORED] = ", ".join(parameters.ignored)
             recognition = service.recognition(visit, upload, receive, model=model, options=parameters.options)
@@ -197,8 +196,7 @@ async def _asr(request: Request, receive: Receive, send: Send) -> None:
             fields = openai.validated(AsrFields, upload.fields)
             model = service.allowed_model(visit, service.models.default)
             options = DecodeOptions(fields.max_new_tokens, fields.temperature, fields.seed)
-            if not service.models.is_here(model):
-                openai.refuse_at_back_end(options)
+            openai.refuse_untold(service.settings.engine, options)
             begin_s = max(0.0, fields.begin_time)
             recognition = service.recognition(
                 visit, upload, receive, model=model, options=options,

@@ -14,17 +14,21 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from arkasr.errors import UsageError
 from arkasr.server.app import create
+from arkasr.server.events import MAX_FRAME_BYTES
 from arkasr.server.keys import KEYS, Keyring
 from arkasr.server.service import Service
 from arkasr.server.settings import Settings
 from arkasr.server.telemetry import MULTIPROCESS_DIR
 
+UNREAD_S = 10.0  # in which a client takes the last that a WebSocket says
 HEADER_S = 10.0  # in which a connection must bring a whole head of a request
 # With a worker that does not answer, as while it loads a large model; the parent does nothing else meanwhile, and waits
 # for one that is killed as it asks, too.
@@ -45,12 +49,63 @@ class _Protocol(H11Protocol):
     def _watch(self, before: object) -> None:
         """Close if the cycle of before is still the last one, and over."""
         cycle = self.cycle
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:
             return
         if (cycle is None or cycle.response_complete) and before == (cycle,):
             self.transport.close()
             return
         self.loop.call_later(HEADER_S, self._watch, (cycle,))
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over; a head that is only HTTP's and no WebSocket's would be left without an answer."""
+        super().handle_websocket_upgrade(event)
+        socket = self.transport.get_protocol()
+        assert isinstance(socket, _Socket)
+        if not socket.handshake_initiated:
+            self.send_400_response("Invalid WebSocket request.")
+
+
+class _Socket(WebSocketsSansIOProtocol):
+    """A WebSocket that ends as the application says, and whose client may wait while nothing is read from it."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.logger = self.conn.logger = _socket_log
+
+    def shutdown(self) -> None:
+        """Leave open sockets to the application, which was told; uvicorn itself would cut them off here."""
+        if not self.handshake_initiated:
+            super().shutdown()
+
+    def keepalive_timeout(self) -> None:
+        """Nobody is gone whose answer to a ping waits behind audio that is not read yet."""
+        self.pong_timer = None
+        if self.read_paused:
+            self.pending_ping_payload = None
+            self.schedule_ping()
+        else:
+            super().keepalive_timeout()
+
+    def send_receive_event_to_app(self) -> None:
+        """Bring text that is no UTF-8 as bytes, for uvicorn itself closes on it."""
+        if self.curr_msg_data_type == "text":
+            self.frames = [b"".join(self.frames)]
+            try:
+                self.frames[0].decode()
+            except UnicodeDecodeError:
+                self.curr_msg_data_type = "bytes"
+        super().send_receive_event_to_app()
+
+    async def run_asgi(self) -> None:
+        """Serve it; whoever reads nothing then is left."""
+        try:
+            await super().run_asgi()
+        finally:
+            self.loop.call_later(UNREAD_S, self.transport.abort)
+
+
+_socket_log = logging.getLogger("uvicorn.error.socket")
+_socket_log.setLevel(logging.WARNING)  # below, it has addresses
 
 
 def serve(settings: Settings) -> None:
@@ -71,7 +126,9 @@ def serve(settings: Settings) -> None:
         "host": settings.host,
         "port": settings.port,
         "http": _Protocol,
-        "ws": "none",
+        "ws": _Socket,
+        "ws_max_size": MAX_FRAME_BYTES,
+        "ws_per_message_deflate": False,
         "log_config": None,
         "access_log": False,
         "server_header": False,

@@ -2,6 +2,7 @@
 
     arrive -> 503 when full -> 401, 403 -> 429 -> body -> model -> segments -> answer -> usage is recorded
 
+A WebSocket goes the same way, with places of its own.
 Unusual: usage is recorded after the answer was sent, so that a kill never charges for what nobody got.
 """
 
@@ -13,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from starlette.requests import Request
+from prometheus_client import Gauge
+from starlette.requests import HTTPConnection, Request
 from starlette.types import Receive
 
 from arkasr.engines import DecodeOptions
@@ -30,6 +32,7 @@ from arkasr.server.uploads import Upload
 
 HEARTBEAT_S = 4.0
 TICK_S = 1.0
+SUBPROTOCOL, KEY_SUBPROTOCOL = "realtime", "openai-insecure-api-key."  # browsers set no headers of a WebSocket
 REFUSAL_S = 1.0  # that a client waits to hear that the server is full, lest those who ask again at once fill the time
 
 
@@ -60,6 +63,25 @@ class Visit:
         return Bill(num_samples, price.of(num_samples) if price else None)
 
 
+class _Places:
+    """So many connections at once."""
+
+    def __init__(self, most: int, gauge: Gauge) -> None:
+        self._most, self._gauge, self._taken = most, gauge, 0
+
+    @property
+    def are_full(self) -> bool:
+        return self._taken >= self._most
+
+    def __enter__(self) -> None:
+        self._taken += 1
+        self._gauge.set(self._taken)
+
+    def __exit__(self, *_: object) -> None:
+        self._taken -= 1
+        self._gauge.set(self._taken)
+
+
 class Service:
     """A server without its routes."""
 
@@ -79,16 +101,19 @@ class Service:
         self.metrics = Metrics()
         self.models = Models(settings, self.metrics.observer)
         self.stopping = False
+        self.ending = asyncio.Event()  # that it is, for those who wait for it
         self._loop: asyncio.AbstractEventLoop | None = None
         self._in_work: set[Recognition] = set()
         self._reading: set[asyncio.Timeout] = set()
-        self._places = 0
+        self._places = _Places(settings.max_requests, self.metrics.in_work)
+        self._live_places = _Places(settings.max_realtime, self.metrics.live)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Threads, heartbeat and the first model, while the server runs."""
         self._loop = loop = asyncio.get_running_loop()
-        pool = ThreadPoolExecutor(2 * self.settings.max_requests + 8, thread_name_prefix="arkasr-request")
+        most = 2 * self.settings.max_requests + self.settings.max_realtime + 8
+        pool = ThreadPoolExecutor(most, thread_name_prefix="arkasr-request")
         loop.set_default_executor(pool)
         if self.needs_key:
             self.accounts.heartbeat()  # also that a folder which cannot be written fails here
@@ -138,15 +163,16 @@ class Service:
         """Take no more requests; those that run have `shutdown_s` left. May be called by a signal's handler."""
         self.stopping = True
         if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.ending.set)
             self._loop.call_soon_threadsafe(self._loop.call_later, self.settings.shutdown_s, self._stop_recognitions)
 
     def _stop_recognitions(self) -> None:
         for recognition in self._in_work:
-            recognition.cancel(_stopped())
+            recognition.cancel(stopped())
         for reading in self._reading:
             reading.reschedule(0)
 
-    def authenticate(self, request: Request) -> Key | None:
+    def authenticate(self, connection: HTTPConnection) -> Key | None:
         """The key of a request; None where none is needed.
 
         Raises:
@@ -154,8 +180,11 @@ class Service:
         """
         if not self.needs_key:
             return None
-        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secret.strip():
+        scheme, _, secret = connection.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            offered = [name for name in connection.scope.get("subprotocols", []) if name.startswith(KEY_SUBPROTOCOL)]
+            secret = offered[0].removeprefix(KEY_SUBPROTOCOL) if offered else ""
+        if not secret.strip():
             raise Refusal(
                 401, "no API key; send it as `Authorization: Bearer KEY`", code="missing_api_key",
                 headers={"www-authenticate": "Bearer"},
@@ -169,8 +198,8 @@ class Service:
         return key
 
     @asynccontextmanager
-    async def visit(self, request: Request, route: str) -> AsyncIterator[Visit]:
-        """A place for a request, as long as it lasts.
+    async def visit(self, connection: HTTPConnection, route: str, *, live: bool = False) -> AsyncIterator[Visit]:
+        """A place for a request, or for a live connection, as long as it lasts.
 
         Raises:
             Refusal: the server is full or stopping, or the key is wrong.
@@ -178,18 +207,16 @@ class Service:
         """
         if self.stopping:
             raise Refusal(503, "the server is being stopped", code="shutting_down", headers=RETRY_AFTER)
-        if self._places >= self.settings.max_requests:
+        places = self._live_places if live else self._places
+        if places.are_full:
             await asyncio.sleep(REFUSAL_S)
-        if self._places >= self.settings.max_requests:
+        if places.are_full:
             raise Refusal(503, "the server is full; try again", code="server_overloaded", headers=RETRY_AFTER)
-        self._places += 1
-        self.metrics.in_work.set(self._places)
-        try:
-            key = self.authenticate(request)
-            visit = Visit(
-                request.scope["state"]["id"], route, key, None, time.monotonic() + self.settings.request_timeout_s
-            )
-            request.scope["state"]["visit"] = visit
+        with places:
+            key = self.authenticate(connection)
+            longest_s = self.settings.realtime_s if live else self.settings.request_timeout_s
+            visit = Visit(connection.scope["state"]["id"], route, key, None, time.monotonic() + longest_s)
+            connection.scope["state"]["visit"] = visit
             if key is None:
                 yield visit
                 return
@@ -199,9 +226,6 @@ class Service:
                 yield visit
             finally:
                 await asyncio.to_thread(visit.admission.__exit__, None, None, None)
-        finally:
-            self._places -= 1
-            self.metrics.in_work.set(self._places)
 
     async def upload(self, visit: Visit, request: Request, *, field: str = "file") -> Upload:
         """What a visit brings, unless its deadline or the end of the server comes first; see `uploads.read`."""
@@ -211,7 +235,7 @@ class Service:
                 self._reading.add(reading)
                 return await uploads.read(request, self.settings, self.url_policy, field=field)
         except TimeoutError:
-            raise _stopped() if self.stopping and time.monotonic() < visit.deadline else _late() from None
+            raise stopped() if self.stopping and time.monotonic() < visit.deadline else _late() from None
         finally:
             self._reading.discard(reading)
 
@@ -240,7 +264,7 @@ class Service:
         end_s: float = float("inf"),
     ) -> AsyncIterator[tuple[Recognition, Loaded]]:
         """A recognition that ends when the client goes, the deadline comes, or the block is left."""
-        task = Task(upload.source, options, self.settings.limits, begin_s, end_s, self._reserve(visit))
+        task = Task(upload.source, options, self.settings.limits, begin_s, end_s, self.reserver(visit))
         async with self.models.use(model) as loaded:
             recognition = Recognition(task, loaded)
             self._in_work.add(recognition)
@@ -253,12 +277,13 @@ class Service:
             finally:
                 timer.cancel()
                 watcher.cancel()
-                recognition.cancel(_gone())
+                recognition.cancel(gone())
                 # The audio's file must not be closed, and its number given to another, while the thread reads it.
                 await asyncio.shield(recognition.ended())
                 self._in_work.discard(recognition)
 
-    def _reserve(self, visit: Visit) -> Callable[[int], None]:
+    def reserver(self, visit: Visit) -> Callable[[int], None]:
+        """What holds so many samples at 16 kHz, all of a visit together, against its key's day; see `Admission`."""
         if visit.admission is None or visit.key is None or visit.key.limits.audio_seconds_per_day is None:
             return lambda _num_samples: None
         return visit.admission.reserve
@@ -266,17 +291,22 @@ class Service:
     async def charge(self, visit: Visit, model: str, heard: Recognition, *, num_samples: int | None = None) -> None:
         """Record what a visit used, after it was sent: all that was heard, or so many samples at 16 kHz."""
         num_samples = heard.num_samples if num_samples is None else num_samples
+        await self.record(visit, model, num_samples, heard.transcript.text)
+
+    async def record(self, visit: Visit, model: str, num_samples: int, text: str) -> None:
+        """Record that a visit used so many samples at 16 kHz, and what was said."""
         self.metrics.heard(model, num_samples)
         visit.num_samples = num_samples
         if self.settings.log_text:
-            visit.text = heard.transcript.text
+            visit.text = text
         if visit.admission is not None:
             finish = visit.admission.finish
             await asyncio.to_thread(finish, num_samples, model=model, route=visit.route)
 
 
 # Made anew each time: an error that is raised keeps, in its traceback, all that it came through.
-def _stopped() -> Refusal:
+def stopped() -> Refusal:
+    """That the server ends."""
     return Refusal(503, "the server is being stopped; ask again", code="shutting_down")
 
 
@@ -284,11 +314,12 @@ def _late() -> Refusal:
     return Refusal(504, "the request took too long; cut the audio", code="request_timeout")
 
 
-def _gone() -> Refusal:
+def gone() -> Refusal:
+    """That nobody waits any more."""
     return Refusal(499, "the client has gone", code="client_gone")
 
 
 async def _cancel_when_gone(recognition: Recognition, receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    recognition.cancel(_gone())
+    recognition.cancel(gone())

@@ -59,6 +59,12 @@ class Settings(BaseSettings):
     state: Path = Field(default_factory=default_state, description="folder of keys.json and usage.sqlite3")
 
     max_requests: Count = Field(64, description="requests in work or waiting in a process; more get 503")
+    max_realtime: Count = Field(16, description="WebSockets of /v1/realtime in a process; more get 503")
+    realtime_s: Positive = Field(3600, description="longest that such a session may last")
+    realtime_idle_s: Positive = Field(300, description="longest that it may be without an event of the client")
+    realtime_partials: bool = Field(
+        False, description="engine openai: send text of an utterance before its end, for which it is sent several times"
+    )
     request_timeout_s: Positive = Field(3600, description="longest that a request may take, upload included")
     shutdown_s: Positive = Field(30, description="time for running requests after a SIGTERM")
     max_upload_mb: Positive = Field(500, description="largest request body")

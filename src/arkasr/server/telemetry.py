@@ -42,6 +42,7 @@ class Metrics:
         self.in_work = Gauge(
             "arkasr_requests_in_work", "Requests admitted.", registry=registry, multiprocess_mode="livesum"
         )
+        self.live = Gauge("arkasr_realtime_sockets", "WebSockets open.", registry=registry, multiprocess_mode="livesum")
         self.waiting = Gauge(
             "arkasr_clips_waiting", "Clips that wait for the engine.", registry=registry, multiprocess_mode="livesum"
         )
