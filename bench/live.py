@@ -1,11 +1,11 @@
 """Live transcription at the speed of speech: how far text is behind, its errors, memory; writes bench/results.
 
-    python bench/live.py SPEECH [--clips 130] [--minutes 0] [--out FILE]
+    python bench/live.py SPEECH [--clips 130] [--hours 2] [--out FILE]
 
 SPEECH has an4/ and long/. A thread brings 0.1 s every 0.1 s, and LiveTranscriber takes what is there. A word of a final
 text is behind by the time from its end, as the word times have it, to the first partial text that has it in its place.
-Not at the speed of speech: the same clips quieter, with and without the level of the detector. With --minutes, the
-stream is repeated for so long, and the memory of the process is read each minute. Linux only.
+Not at the speed of speech: the same clips quieter, with and without the level of the detector. With --hours,
+nothing but the memory of a stream of so many is read. Linux only.
 """
 
 import argparse
@@ -160,20 +160,23 @@ def long_live(model: Transcriber, path: Path, seconds: float) -> dict[str, Any]:
     return {"stream": path.name, "seconds": round(len(waveform) / SAMPLE_RATE, 1), **behind(events)}
 
 
-def memory(model: Transcriber, clips: Sequence[tuple[Waveform, str]], minutes: float) -> dict[str, Any]:
-    """Megabytes of the process, read each minute while a stream runs at the speed of speech."""
+def memory(model: Transcriber, clips: Sequence[tuple[Waveform, str]], hours: float) -> dict[str, Any]:
+    """Megabytes of the process, read each ten minutes of a stream that comes as fast as it is heard."""
     pause = np.zeros(int(PAUSE_S * SAMPLE_RATE), np.float32)
     stream = np.concatenate([piece for clip, _ in clips for piece in (clip, pause)])
-    live, begun, read_mb = LiveTranscriber(model), time.monotonic(), list[float]()
-    while time.monotonic() < begun + minutes * 60:
-        for block in in_real_time(stream):
-            for _ in live.add(block):
-                pass
-            if time.monotonic() >= begun + 60 * (len(read_mb) + 1):
+    live, read_mb, num_finals = LiveTranscriber(model), list[float](), 0
+    while live.num_samples < hours * 3600 * SAMPLE_RATE:
+        for at in range(0, len(stream), BLOCK):
+            num_finals += sum(isinstance(event, Final) for event in live.add(stream[at : at + BLOCK]))
+            if live.num_samples >= 600 * SAMPLE_RATE * (len(read_mb) + 1):
                 found = re.search(r"^VmRSS:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
                 assert found is not None
                 read_mb.append(round(int(found[1]) / 1000, 1))
-    return {"minutes": len(read_mb), "rss_mb": read_mb}
+    return {
+        "hours": round(live.num_samples / SAMPLE_RATE / 3600, 2),
+        "finals": num_finals,
+        "rss_mb_each_600_s": read_mb,
+    }
 
 
 def main() -> None:
@@ -182,25 +185,28 @@ def main() -> None:
     parser.add_argument("speech", type=Path, help="the folder with an4 and long")
     parser.add_argument("--clips", type=int, default=130)
     parser.add_argument("--long-s", type=float, default=120.0, help="seconds of each long recording")
-    parser.add_argument("--minutes", type=float, default=0.0, help="of the stream whose memory is read")
+    parser.add_argument("--hours", type=float, help="do nothing but read the memory of a stream of so many")
     parser.add_argument("--out", type=Path, help="default: bench/results/DATE-cpuN-live.json")
     asked = parser.parse_args()
     others_load = round(os.getloadavg()[0], 2)
     model = load_model("tiny", device="cpu")
     rows = list(read_manifest(asked.speech / "an4" / "manifest.jsonl", split="test"))[: asked.clips]
     clips = [(one.waveform(), one.text) for one in rows]
+    if asked.hours is None:
+        others = sorted((asked.speech / "long").glob("*.flac"))
+        measured: dict[str, Any] = {
+            "live": [clips_live(model, clips), *(long_live(model, path, asked.long_s) for path in others)],
+            "quiet": quiet(model, clips),
+        }
+    else:
+        measured = {"memory": memory(model, clips, asked.hours)}
     told = {
-        "what": "live transcription with tiny at the speed of speech",
+        "what": "live transcription with tiny",
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": record.git_commit(), "versions": record.versions(), "hardware": record.hardware(),
         "others_load": others_load,
-        "live": [
-            clips_live(model, clips),
-            *(long_live(model, path, asked.long_s) for path in sorted((asked.speech / "long").glob("*.flac"))),
-        ],
-        "quiet": quiet(model, clips),
-        "memory": memory(model, clips, asked.minutes),
+        **measured,
     }  # fmt: skip
     target = asked.out or ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-cpu{os.cpu_count()}-live.json"
     target.parent.mkdir(exist_ok=True)
