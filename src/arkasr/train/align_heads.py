@@ -41,7 +41,7 @@ LEAST = 8  # recordings to choose by, and as many to measure with
 MOST_LOST = 6  # times as much audio is joined as is wanted, if the model loses its place so often
 NEAR_BEST, CANDIDATES, MOST = 0.5, 16, 8  # part of the best one's share with which a head may be chosen; how many may
 FAR_S = 1.0  # wrong is wrong: a border that is missed by more counts no more
-GAIN = 0.01  # part of the mean distance that one more head must save
+GAIN = 0.01  # part of the mean distance that one more head must save, or another choice
 
 Head = tuple[int, int]  # as in `config.Heads`
 Rows = Mapping[Head, Floats]  # of one recording: what each head listens to, as in `Generation.attention`
@@ -365,7 +365,8 @@ def search(engine: PyTorchEngine, choosing: Half, measuring: Half) -> dict[str, 
         print(f"{name} {json.dumps(heads)}: median {there.median_ms:.0f} ms, 95 % {there.p95_ms:.0f} ms, mean "
               f"{there.mean_ms:.1f} ms of {there.borders} borders held out", file=sys.stderr)  # fmt: skip
     halves = ("chosen_by", "held_out")
-    nearer = all(measured["found"][half]["mean_ms"] < measured["stood"][half]["mean_ms"] for half in halves)
+    ratios = [measured["found"][half]["mean_ms"] / max(measured["stood"][half]["mean_ms"], 1e-9) for half in halves]
+    nearer = all(ratio < 1 - GAIN for ratio in ratios)
     return {
         "recordings": [len(choosing.recordings), len(measuring.recordings)], "lost": [choosing.lost, measuring.lost],
         "share_by_chance": round(chance, 4), "shares": [[*head, round(shares[head], 4)] for head in ranked],
